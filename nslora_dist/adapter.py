@@ -1,0 +1,152 @@
+"""The adapted linear: a frozen base product plus a low-rank update, in delta and in residual form.
+
+One module serves every arm (METHODS.md §1, §1a):
+
+    delta     y = W x + s · B A x                 B from zero; A frozen in the null space, or trained (plain LoRA)
+    residual  y = W x + s · (B A − B₀ A₀) x       LoRA-Null v1 (A trains) and v2 (A frozen), without rewriting W
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from nslora_dist.linear import low_rank
+
+
+@dataclass
+class Observation:
+    """Sums over the tokens seen while adapters are measured instead of applied (METHODS.md §1c, by a forward pass).
+
+    ``mask`` is the current batch's (b, s) bool of real tokens, None for all. ``update`` and ``output`` map a module
+    name to Σ‖ΔW x‖² and Σ‖W x‖², float64 scalars on the module's device.
+    """
+
+    mask: Tensor | None = None
+    update: dict[str, Tensor] = field(default_factory=dict)
+    output: dict[str, Tensor] = field(default_factory=dict)
+
+
+class AdaptedLinear(nn.Module):
+    """``base(x)`` plus the low-rank update of one module.
+
+    Attributes:
+        lora_A: (r, d_in) down-projection.
+        lora_B: (d_out, r) up-projection, zero at the start in delta form, B₀ in residual form.
+        start_A: (r, d_in) A₀, only in residual form with A trained.
+        start_B: (d_out, r) B₀, only in residual form.
+        update_grams: name of a source or probe → C = A G Aᵀ (r, r) float32, for the live interference.
+        references: name → tr(W G Wᵀ), the energy of the base's own output.
+        interference: name → ‖ΔW X‖_F / ‖W X‖_F, written by a forward pass while ``measure`` is set.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        *,
+        name: str,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        scale: float,
+        freeze_a: bool,
+        residual: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        """Builds the adapter on the meta device; ``fill`` gives it values."""
+        super().__init__()
+
+        def empty(rows: int, columns: int, *, trains: bool) -> nn.Parameter:
+            return nn.Parameter(torch.empty(rows, columns, dtype=dtype, device="meta"), requires_grad=trains)
+
+        self.base = base
+        self.name = name
+        self.scale = scale
+        self.residual = residual
+        self.a_is_frozen = freeze_a
+        self.lora_A = empty(rank, in_features, trains=not freeze_a)
+        self.lora_B = empty(out_features, rank, trains=True)
+        self.start_A = empty(rank, in_features, trains=False) if residual and not freeze_a else None
+        self.start_B = empty(out_features, rank, trains=False) if residual else None
+        self.observation: Observation | None = None
+        self.measure = False
+        self.update_grams: dict[str, Tensor] = {}
+        self.references: dict[str, float] = {}
+        self.interference: dict[str, Tensor] = {}
+
+    def fill(self, a: Tensor, b: Tensor | None, *, device: torch.device) -> None:
+        """Gives the adapter its start: A = ``a`` (r, d_in); B = ``b`` (d_out, r) in residual form, else zero."""
+        assert (b is not None) == self.residual, "B₀ belongs to the residual form"
+        start = {"lora_A": a, "lora_B": b if b is not None else torch.zeros(self.lora_B.shape)}
+        if self.start_A is not None:
+            start["start_A"] = a
+        if self.start_B is not None:
+            assert b is not None
+            start["start_B"] = b
+        for name, value in start.items():
+            old = getattr(self, name)
+            assert value.shape == old.shape, f"{self.name}.{name}: {tuple(value.shape)} for {tuple(old.shape)}"
+            # A copy of its own for each, or two parameters of residual form would share what the optimizer writes.
+            value = value.to(device=device, dtype=old.dtype, copy=True).contiguous()
+            setattr(self, name, nn.Parameter(value, requires_grad=old.requires_grad))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) → (..., d_out), the base's dtype."""
+        y = self.base(x)
+        if self.observation is not None:
+            self._observe(self.observation, x, y)
+            return y
+        if self.measure:
+            self._measure_interference()
+        return y + self.update(x)
+
+    def update(self, x: Tensor) -> Tensor:
+        """ΔW x, (..., d_in) → (..., d_out)."""
+        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        if not self.residual:
+            return low_rank(x, a, b, scale=self.scale)
+        assert self.start_B is not None
+        start_a = a if self.start_A is None else self.start_A.to(x.dtype)
+        start = low_rank(x, start_a, self.start_B.to(x.dtype), scale=self.scale)
+        return low_rank(x, a, b, scale=self.scale) - start
+
+    @torch.no_grad()
+    def _measure_interference(self) -> None:
+        """Interference per source and probe from the gathered B, r × r work a module (METHODS.md §1c)."""
+        b = self.lora_B.float()
+        if self.start_B is not None:
+            b = b - self.start_B.float()
+        for name, gram in self.update_grams.items():
+            energy = self.scale**2 * ((b @ gram.to(b.device)) * b).sum()
+            self.interference[name] = (energy.clamp_min(0.0) / self.references[name]).sqrt()
+
+    @torch.no_grad()
+    def _observe(self, seen: Observation, x: Tensor, y: Tensor) -> None:
+        bias = getattr(self.base, "bias", None)
+        update, output = self.update(x), y if bias is None else y - bias
+        if seen.mask is not None:
+            update, output = update[seen.mask], output[seen.mask]
+        for sums, value in ((seen.update, update), (seen.output, output)):
+            energy = value.float().square().sum(dtype=torch.float64)
+            sums[self.name] = sums[self.name] + energy if self.name in sums else energy
+
+
+def adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """Every adapted linear of a model, by the name of the module it stands for in the Hugging Face model."""
+    return {module.name: module for module in model.modules() if isinstance(module, AdaptedLinear)}
+
+
+@contextmanager
+def observed(model: nn.Module) -> Iterator[Observation]:
+    """While open, forward passes run the *base* and sum up what the adapters would have added."""
+    seen = Observation()
+    modules = adapted_linears(model).values()
+    for module in modules:
+        module.observation = seen
+    try:
+        yield seen
+    finally:
+        for module in modules:
+            module.observation = None

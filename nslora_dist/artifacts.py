@@ -1,0 +1,245 @@
+"""What goes to disk: JSON and safetensors written atomically, folders replaced whole, manifests that prove their files.
+
+A reader finds the old version or the new one, never half of one. One process writes a given path at a time (rank 0);
+any number may read.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nslora_dist.errors import UserError
+
+MANIFEST = "manifest.json"
+CHUNK_BYTES = 1 << 20
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes ``value`` as strict, indented JSON, atomically.
+
+    Raises:
+        ValueError: it holds NaN or an infinity, which strict JSON cannot say.
+        TypeError: it holds something that JSON has no form for.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes ``text`` in UTF-8, atomically."""
+    with _replaced(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        UserError: the file is missing, unreadable or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError alike
+        raise UserError(f"{path}: broken JSON ({error}); delete it and make it again") from error
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes ``tensors`` as safetensors, atomically, dtypes and values unchanged.
+
+    Args:
+        path: the file to write.
+        tensors: whole tensors of any shape, dtype, device and layout in memory; tied ones are written out once each.
+        metadata: text kept in the file's header, beside ``format: pt``.
+    """
+    ready: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        copy = tensor.detach().to("cpu").contiguous()
+        storage = copy.untyped_storage().data_ptr()
+        if storage in storages:  # safetensors refuses two names for one piece of memory
+            copy = copy.clone()
+        storages.add(storage)
+        ready[name] = copy
+    with _replaced(path) as partial:
+        save_file(ready, partial, metadata={"format": "pt"} | dict(metadata or {}))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file onto the CPU.
+
+    Raises:
+        UserError: the file is missing, truncated or no safetensors file.
+    """
+    try:
+        return load_file(path, device="cpu")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+    except SafetensorError as error:
+        raise UserError(f"{path}: no whole safetensors file ({error}); delete it and make it again") from error
+
+
+def hash_file(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal, read in pieces of a mebibyte."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    """SHA-256 of ``value``'s canonical JSON: key order, tuple or list, and layout do not count; 1 and 1.0 differ.
+
+    Raises:
+        ValueError: it holds NaN or an infinity.
+        TypeError: it holds something that JSON has no form for.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextmanager
+def replace_folder(target: Path) -> Iterator[Path]:
+    """Yields a fresh folder beside ``target`` which takes its place when the block ends well, and vanishes otherwise.
+
+    The old folder is moved aside before the new one is renamed, and deleted only afterwards: whenever the process dies,
+    the old or the new contents are whole on disk. What a dead process left behind is put back, or cleared, on entry.
+    A link is followed: the folder that it points to is replaced.
+
+    Raises:
+        UserError: ``target`` is a file.
+    """
+    target = target.resolve()
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target}: is a file, and a folder has to be written there; move it away")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Fixed names, not random ones: a writer that was killed leaves at most one of each, and the next one finds them.
+    partial, aside = _partial(target), _aside(target)
+    if aside.exists():
+        if target.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(target)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir()
+    try:
+        yield partial
+        _sync_tree(partial)
+        if target.exists():
+            target.rename(aside)
+        try:
+            partial.rename(target)
+        except BaseException:
+            if aside.exists():
+                aside.rename(target)
+            raise
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _sync(target.parent)
+    if aside.exists():
+        shutil.rmtree(aside)
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes ``manifest.json``: ``manifest`` and, under ``files``, SHA-256 and bytes of every other file in the folder.
+
+    Raises:
+        ValueError: ``manifest`` has a key ``files`` of its own, or NaN or an infinity somewhere.
+    """
+    if "files" in manifest:
+        raise ValueError("the manifest key 'files' is taken: it lists the folder's files")
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    files = {
+        path.relative_to(folder).as_posix(): {"sha256": hash_file(path), "bytes": path.stat().st_size} for path in paths
+    }
+    write_json(folder / MANIFEST, {**manifest, "files": files})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Reads ``manifest.json`` and verifies every file that it lists; files that it does not list are left alone.
+
+    Returns:
+        What was given to ``write_manifest``, with ``files`` added.
+
+    Raises:
+        UserError: the manifest is missing or broken, or a listed file is missing, truncated or altered.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        left = _aside(folder.resolve())
+        remedy = f"an interrupted write left the last one at {left}: move it back" if left.exists() else "make it again"
+        raise UserError(f"{path}: missing, so the folder is not complete; {remedy}")
+    manifest = read_json(path)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict):
+        raise UserError(f"{path}: lists no files; delete {folder} and make it again")
+    for name, entry in files.items():
+        wrong = _wrong(folder, name, entry)
+        if wrong:
+            raise UserError(f"{folder / name}: {wrong}; delete {folder} and make it again")
+    return manifest
+
+
+def _wrong(folder: Path, name: str, entry: Any) -> str:
+    """What keeps the listed file from being the one that was written; empty if nothing does."""
+    if not isinstance(entry, dict) or not {"sha256", "bytes"} <= entry.keys():
+        return f"{MANIFEST} does not say its sha256 and bytes"
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        return f"{MANIFEST} lists a path outside its own folder"
+    if not path.is_file():
+        return "missing"
+    size = path.stat().st_size  # before the hash: a truncated file need not be read
+    if size != entry["bytes"]:
+        return f"{size} bytes, {MANIFEST} says {entry['bytes']}"
+    return "" if hash_file(path) == entry["sha256"] else f"altered: its sha256 is not {MANIFEST}'s"
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that replaces it when the block ends well."""
+    partial = _partial(path)
+    try:
+        yield partial
+        _sync(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file's or a folder's contents are on the disk and not merely in the system's cache."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)

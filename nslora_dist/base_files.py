@@ -1,0 +1,107 @@
+"""The base on disk: a folder of safetensors, found locally or on the hub, read tensor by tensor."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nslora_dist.errors import UserError
+from nslora_dist.recipe import BaseModelSection, nearest
+
+
+class Checkpoint:
+    """A folder of safetensors, single-file or indexed, read tensor by tensor."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads the index only.
+
+        Raises:
+            UserError: no safetensors there, an unreadable or incomplete index, or a shard that is missing.
+        """
+        self.folder = folder
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            try:
+                self.files: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{index}: not a safetensors index ({error}); fetch the checkpoint again") from error
+        elif (folder / "model.safetensors").is_file():
+            with self._open("model.safetensors") as opened:
+                self.files = dict.fromkeys(opened.keys(), "model.safetensors")
+        else:
+            raise UserError(
+                f"base_model.path {folder}: no model.safetensors and no model.safetensors.index.json there; "
+                "only safetensors are read (no pickle): convert the checkpoint with save_pretrained"
+            )
+        for file in sorted(set(self.files.values())):
+            if Path(file).name != file or not (folder / file).is_file():
+                raise UserError(f"{folder / file}: named by the index and not there; fetch the checkpoint again")
+
+    def _open(self, file: str) -> Any:
+        try:
+            return safe_open(self.folder / file, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.folder / file}: unreadable ({error}); fetch the file again") from error
+
+    def read(self, name: str, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """One tensor, in the dtype and on the device asked for.
+
+        Raises:
+            UserError: it is not in the checkpoint, or not of the shape that the model's config asks for.
+        """
+        file = self.files.get(name)
+        if file is None:
+            raise UserError(f"base_model.path {self.folder}: holds no tensor '{name}'{nearest(name, list(self.files))}")
+        with self._open(file) as opened:
+            try:
+                found = tuple(opened.get_slice(name).get_shape())
+                if found != shape:
+                    raise UserError(f"{self.folder / file}: '{name}' is {found}, the model's config asks for {shape}")
+                return opened.get_tensor(name).to(device=device, dtype=dtype)
+            except SafetensorError as error:
+                raise UserError(f"{self.folder / file}: '{name}' is unreadable ({error})") from error
+
+    def fingerprint(self) -> str:
+        """sha256 over config, index, and every shard's size, header and first and last MiB.
+
+        Reading 140 GB to recognise a base would cost more than the calibration it saves; whoever edits a weight in the
+        middle of a shard in place must delete ``null_space/`` by hand.
+        """
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        digest.update(json.dumps(self.files, sort_keys=True).encode())
+        for file in sorted(set(self.files.values())):
+            with (self.folder / file).open("rb") as stream:
+                size = stream.seek(0, 2)
+                digest.update(size.to_bytes(8, "little"))
+                stream.seek(0)
+                header = int.from_bytes(stream.read(8), "little")
+                digest.update(stream.read(min(header, size) + 2**20))
+                stream.seek(max(0, size - 2**20))
+                digest.update(stream.read())
+        return digest.hexdigest()
+
+
+def locate(section: BaseModelSection) -> Path:
+    """The local folder of the base: the path itself, or a hub snapshot without pickles.
+
+    Raises:
+        UserError: neither a folder nor a hub name that can be fetched.
+    """
+    folder = Path(section.path)
+    if folder.is_dir():
+        return folder
+    if section.path.startswith(("/", ".")) or folder.exists():
+        raise UserError(f"base_model.path {section.path}: no such folder")
+    try:
+        patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model"]
+        return Path(snapshot_download(section.path, revision=section.revision, allow_patterns=patterns))
+    except Exception as error:  # noqa: BLE001 (the hub client raises a dozen kinds)
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"base_model.path {section.path}: no such folder, and not to be had from the hub ({first})"
+        ) from error

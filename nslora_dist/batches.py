@@ -1,0 +1,107 @@
+"""Batches of token rows, padded or packed, as a model takes them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""The label of a position that is not scored."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens as a model takes them: b rows, s tokens, all int64.
+
+    Packed rows need a forward pass with ``use_cache=False``: transformers tells samples apart by ``position_ids``, but
+    only where there is neither an ``attention_mask`` nor a cache.
+
+    Attributes:
+        input_ids: (b, s), padded on the right.
+        attention_mask: (b, s), 0 on padding; None where nothing is padded and for packed rows.
+        position_ids: (b, s), restarting at 0 for each sample of a packed row and for its padding; else None.
+        labels: (b, s), not shifted: the token itself where it is scored, -100 elsewhere.
+        unmasked_padding: Pad tokens that no ``attention_mask`` marks: in packed rows, and in rows that only fill up.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    labels: Tensor
+    unmasked_padding: int = 0
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on another device."""
+        mask, positions = self.attention_mask, self.position_ids
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            attention_mask=None if mask is None else mask.to(device),
+            position_ids=None if positions is None else positions.to(device),
+            labels=self.labels.to(device),
+        )
+
+    @property
+    def supervised_tokens(self) -> int:
+        """The number of tokens that are predicted and scored."""
+        return int((self.labels[:, 1:] != IGNORED).sum())
+
+    @property
+    def supervised_rows(self) -> int:
+        """The number of rows with a scored token: in evaluation, of questions."""
+        return int((self.labels[:, 1:] != IGNORED).any(dim=1).sum())
+
+    @property
+    def token_count(self) -> int:
+        """The number of tokens that are no padding."""
+        marked = self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+        return marked - self.unmasked_padding
+
+
+def pad_right(rows: Sequence[Tensor], value: int) -> tuple[Tensor, Tensor | None]:
+    """Stacks sequences of (s,) int64 into (b, longest), filled up with ``value``.
+
+    Returns:
+        The rows, and their mask, (b, longest) int64, or None where none had to be filled up.
+    """
+    lengths = torch.tensor([len(row) for row in rows])
+    stacked = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+    mask = (torch.arange(stacked.shape[1]) < lengths[:, None]).long()
+    return stacked, None if bool(mask.all()) else mask
+
+
+def filler(pad: int) -> Batch:
+    """One row without labels, for a rank with nothing left; unmasked, since attention over nothing is undefined."""
+    return Batch(torch.full((1, 2), pad), None, None, torch.full((1, 2), IGNORED), unmasked_padding=2)
+
+
+def pack(
+    lengths: np.ndarray, order: Sequence[int] | np.ndarray, *, max_length: int, window: int = 64
+) -> list[list[int]]:
+    """Puts samples, in the order given, each into the first of the last ``window`` unfinished packs with room for it.
+
+    Args:
+        lengths: (samples,): tokens of each sample, none above ``max_length``.
+        order: Sample indices.
+        max_length: Tokens of a pack at most.
+        window: Packs kept open.
+
+    Returns:
+        The sample indices of each pack.
+    """
+    packs: list[list[int]] = []
+    unfinished: list[tuple[int, list[int]]] = []  # (room left, members), oldest first
+    least = int(lengths.min())
+    for sample in map(int, order):
+        length = int(lengths[sample])
+        at = next((i for i, (room, _) in enumerate(unfinished) if room >= length), None)
+        room, members = (max_length, []) if at is None else unfinished.pop(at)
+        if at is None:
+            packs.append(members)
+        members.append(sample)
+        if room - length >= least:
+            unfinished.insert(len(unfinished) if at is None else at, (room - length, members))
+            unfinished = unfinished[-window:]
+    return packs

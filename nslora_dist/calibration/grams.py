@@ -1,0 +1,166 @@
+"""Gram matrices of input groups, summed by forward hooks (METHODS.md §1.1).
+
+Two kinds of sums run over the real tokens of a batch: the full Gram X Xᵀ of a group, and, once a basis U is known, the
+small one Uᵀ X Xᵀ U. Beside either, Σ‖W x‖² of every module is read off its output, so that tr(W G Wᵀ) costs no product
+with a weight.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nslora_dist.base_model import InputGroup
+from nslora_dist.data import Batch
+
+TRIANGLE_BLOCKS = 8
+"""A Gram is symmetric: eight column blocks compute 36 of 64 tiles, close to half, in products still large."""
+
+
+class GroupSums:
+    """Sums over tokens for one input group and one set of texts.
+
+    Attributes:
+        gram: (d_in, d_in) float32, only the lower block triangle filled until ``finish``; None in a projected pass.
+        update_gram: (r, r) float32 Σ z zᵀ with z = Uᵀ x; None in a full pass.
+        energy: () float64 Σ‖x‖².
+        outputs: module name → () float64 Σ‖W x‖².
+        first_bad: () int64, the first batch with a non-finite input; 2⁶²  while there is none.
+    """
+
+    def __init__(self, group: InputGroup, *, basis: Tensor | None, device: torch.device) -> None:
+        """Starts at zero; with ``basis`` (d_in, r) the sums are projected ones."""
+        size = group.in_features if basis is None else basis.shape[1]
+        total = torch.zeros(size, size, dtype=torch.float32, device=device)
+        self.basis = basis
+        self.gram = total if basis is None else None
+        self.update_gram = None if basis is None else total
+        self.energy = torch.zeros((), dtype=torch.float64, device=device)
+        self.outputs = {m.name: torch.zeros((), dtype=torch.float64, device=device) for m in group.modules}
+        self.first_bad = torch.full((), 2**62, dtype=torch.int64, device=device)
+
+    def add_input(self, x: Tensor, *, batch: int) -> None:
+        """Adds (n, d_in) inputs of one batch."""
+        energy = x.float().square().sum(dtype=torch.float64)
+        self.energy += energy
+        bad = torch.where(energy.isfinite(), 2**62, batch)  # no read-back here: a GPU would wait for every module
+        self.first_bad = torch.minimum(self.first_bad, bad)
+        if self.gram is not None:
+            add_gram(self.gram, x)
+        else:
+            assert self.basis is not None and self.update_gram is not None
+            z = x.float() @ self.basis
+            self.update_gram.addmm_(z.T, z)
+
+    def add_output(self, module: str, y: Tensor) -> None:
+        """Adds (n, d_out) outputs W x, the bias taken off."""
+        self.outputs[module] += y.float().square().sum(dtype=torch.float64)
+
+    def finish(self) -> None:
+        """Mirrors the lower block triangle of the Gram into the upper one."""
+        if self.gram is not None:
+            mirror(self.gram)
+
+
+def _edges(size: int) -> list[int]:
+    count = TRIANGLE_BLOCKS if size >= 64 * TRIANGLE_BLOCKS else 1
+    return [size * number // count for number in range(count + 1)]
+
+
+def add_gram(gram: Tensor, x: Tensor) -> None:
+    """gram += Xᵀ X for rows x (n, d), in the lower block triangle of ``gram`` (d, d) float32 alone.
+
+    bfloat16 products are exact in float32, so on a GPU they go through the matrix units with float32 sums; everywhere
+    else the inputs are widened first.
+    """
+    native = x.is_cuda and x.dtype == torch.bfloat16
+    x = x if native else x.float()
+    edges = _edges(gram.shape[0])
+    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        rows, columns = x[:, start:stop].T, x[:, :stop]
+        if native:
+            gram[start:stop, :stop] += torch.mm(rows, columns, out_dtype=torch.float32)
+        else:
+            gram[start:stop, :stop].addmm_(rows, columns)
+
+
+def mirror(gram: Tensor) -> None:
+    """Copies the lower block triangle that ``add_gram`` filled onto the upper one, in place, tile by tile."""
+    edges = _edges(gram.shape[0])
+    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        gram[:start, start:stop] = gram[start:stop, :start].T
+
+
+class Collector:
+    """Forward hooks that feed one ``GroupSums`` per group while batches run through a model or a block."""
+
+    def __init__(self, groups: Sequence[InputGroup], sums: dict[str, GroupSums]) -> None:
+        """Collects for ``groups`` into ``sums`` (by group name)."""
+        self.groups = groups
+        self.sums = sums
+        self.mask: Tensor | None = None
+        self.batch = 0
+
+    def start_batch(self, number: int, batch: Batch) -> None:
+        """Says which batch runs next; its padding is left out of every sum."""
+        self.batch = number
+        self.mask = None if batch.attention_mask is None else batch.attention_mask.bool()
+
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator[None]:
+        """Hooks onto the groups' modules, found in ``model`` by name, while open."""
+        hooks = []
+        for group in self.groups:
+            for position, shape in enumerate(group.modules):
+                module = model.get_submodule(shape.name)
+                hooks.append(module.register_forward_hook(self._hook(group.name, shape.name, position == 0)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _hook(self, group: str, name: str, first: bool) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            sums = self.sums[group]
+            if first:
+                sums.add_input(self._tokens(args[0]), batch=self.batch)
+            bias = getattr(module, "bias", None)
+            sums.add_output(name, self._tokens(output if bias is None else output - bias))
+
+        return hook
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """(b, s, d) → (n, d) of the real tokens."""
+        return x.flatten(0, 1) if self.mask is None else x[self.mask]
+
+
+@torch.no_grad()
+def whole_model_grams(model: nn.Module, forward: Any, groups: Sequence[InputGroup], batches: Iterable[Batch],
+                      *, device: torch.device) -> dict[str, GroupSums]:
+    """The Grams of all groups from plain forward passes of a live model, sharded or not.
+
+    Holds every Gram at once: for models whose forward pass cannot be cut into blocks, and to check the streamed pass.
+
+    Args:
+        model: where the groups' modules are found by name.
+        forward: runs one ``Batch`` through the model.
+        groups: what to collect.
+        batches: this rank's share; a sharded model needs the same number on every rank.
+        device: where the sums live.
+
+    Returns:
+        This rank's sums by group name, to be reduced over ranks.
+    """
+    sums = {group.name: GroupSums(group, basis=None, device=device) for group in groups}
+    collector = Collector(groups, sums)
+    with collector.attached(model):
+        for number, batch in enumerate(batches):
+            batch = batch.to(device)
+            collector.start_batch(number, batch)
+            forward(batch)
+    for total in sums.values():
+        total.finish()
+    return sums

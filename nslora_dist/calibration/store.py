@@ -1,0 +1,120 @@
+"""The null space on disk: ``null_space/null_space.safetensors`` and ``manifest.json``.
+
+Tensors, all float32:
+
+    <group>.basis               (d_in, r)  U, orthonormal columns, ascending eigenvalues
+    <group>.eigenvalues         (r,)       of the mixed Gram
+    <group>.spectrum            (d_in,)    all eigenvalues, where d_in is small enough to afford them
+    <group>.update_gram.<name>  (r, r)     Uᵀ G U per source and probe; C = A G Aᵀ = M (Uᵀ G U) Mᵀ
+    <module>.mix                (r, r)     M with A₀ = M Uᵀ: S^½ Rᵀ of METHODS.md §1.3, absent for a_init: orthonormal
+    <module>.start_B            (d_out, r) B₀ = P S^½, in residual form alone
+
+Keeping M instead of A₀ costs r × r a module where A₀ would cost r × d_in.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nslora_dist import artifacts, dist
+from nslora_dist.errors import UserError
+
+FILE = "null_space.safetensors"
+MIXTURE = "calibration"
+"""Name under which the weighted mixture of all sources is measured, beside each source and probe of its own."""
+
+
+@dataclass(frozen=True)
+class ModuleStart:
+    """What one adapted module starts from.
+
+    Attributes:
+        a: (r, d_in) float32 A₀.
+        b: (d_out, r) float32 B₀ in residual form, else None.
+        update_grams: name → C = A₀ G A₀ᵀ (r, r) float32.
+        references: name → tr(W G Wᵀ).
+    """
+
+    a: Tensor
+    b: Tensor | None
+    update_grams: dict[str, Tensor]
+    references: dict[str, float]
+
+
+@dataclass(frozen=True)
+class NullSpace:
+    """A calibrated null space. ``tensors`` is filled on rank 0 alone; the manifest is known everywhere."""
+
+    manifest: dict[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    def start(self, module: str, *, device: torch.device) -> ModuleStart:
+        """One module's start, sent from rank 0 to every rank: call it on all of them, in the same order."""
+        entry = self.manifest["modules"][module]
+        group = entry["group"]
+        shapes = self.manifest["groups"][group]
+        width, rank = shapes["in_features"], self.manifest["settings"]["rank"]
+        basis = self._send(f"{group}.basis", (width, rank), device)
+        mix = self._send(f"{module}.mix", (rank, rank), device) if entry["mixed"] else None
+        b = self._send(f"{module}.start_B", (entry["out_features"], rank), device) if entry["has_start_b"] else None
+        grams = {}
+        for name in entry["references"]:
+            gram = self._send(f"{group}.update_gram.{name}", (rank, rank), device)
+            grams[name] = gram if mix is None else mix @ gram @ mix.T
+        a = basis.T.contiguous() if mix is None else mix @ basis.T
+        return ModuleStart(a=a, b=b, update_grams=grams, references=dict(entry["references"]))
+
+    def _send(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        if dist.is_main():
+            value = self.tensors[name].to(device)
+        else:
+            value = torch.empty(shape, dtype=torch.float32, device=device)
+        return dist.broadcast(value.contiguous())
+
+    def leak(self) -> dict[str, float | None]:
+        """Mean over groups of the leak on calibration and on held-out tokens, and of a random basis's."""
+        groups = self.manifest["groups"].values()
+        leaks: dict[str, float | None] = {}
+        for kind in ("calibration", "heldout", "random"):
+            values = [group["leak"][kind] for group in groups if group["leak"][kind] is not None]
+            leaks[kind] = sum(values) / len(values) if values else None
+        return leaks
+
+
+def save(folder: Path, null_space: NullSpace) -> None:
+    """Writes the artifact, whole or not at all; on rank 0."""
+    with artifacts.replace_folder(folder) as fresh:
+        artifacts.save_tensors(fresh / FILE, null_space.tensors)
+        artifacts.write_manifest(fresh, null_space.manifest)
+
+
+def load(folder: Path) -> NullSpace:
+    """Reads and verifies the artifact; on rank 0.
+
+    Raises:
+        UserError: a file is missing, damaged or not as the manifest says.
+    """
+    manifest = artifacts.read_manifest(folder)
+    return NullSpace(manifest=manifest, tensors=artifacts.load_tensors(folder / FILE))
+
+
+def reusable(folder: Path, key: str) -> NullSpace | None:
+    """The null space in ``folder`` where it was made from the same base, data and settings; on every rank.
+
+    A damaged one is an error and not silently recomputed, for it may be somebody's only copy.
+    """
+    found: NullSpace | None = None
+    with dist.together("reading the null space"):
+        if dist.is_main() and (folder / "manifest.json").is_file():
+            candidate = load(folder)
+            if "key" not in candidate.manifest:
+                raise UserError(f"{folder}: its manifest.json is not a null space's; give another output_dir")
+            found = candidate if candidate.manifest["key"] == key else None
+    manifest = dist.share(found.manifest if found is not None else None)
+    if manifest is None:
+        return None
+    return found if found is not None else NullSpace(manifest=manifest, tensors={})  # type: ignore[arg-type]

@@ -1,0 +1,151 @@
+"""Calibration texts: the rows that shape the null space (sources) or only measure it (probes), as token sequences."""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from nslora_dist.batches import IGNORED, Batch, pad_right
+from nslora_dist.errors import UserError
+from nslora_dist.recipe import CalibrationSection, Source, Texts
+from nslora_dist.rows import from_rank0, load_rows, shuffled, token_ids
+
+log = logging.getLogger("nslora_dist")
+
+_CHUNK = 256  # rows tokenised at a time
+
+
+@dataclass(frozen=True)
+class CalibrationTexts:
+    """The sequences of one source or probe, each (s,) int64 with s <= ``calibration.sequence_length``.
+
+    Attributes:
+        name: Its name in the recipe.
+        weight: The source's weight in the mixture; None for a probe.
+        calibration: Sequences to accumulate; all of them for a probe.
+        heldout: Sequences kept back to measure the leak on; none for a probe.
+        hash: sha256 over the token ids, lengths and the split in two.
+        truncated: Rows longer than ``sequence_length``, of which the start is used.
+    """
+
+    name: str
+    weight: float | None
+    calibration: list[Tensor]
+    heldout: list[Tensor]
+    hash: str
+    truncated: int
+
+
+def calibration_texts(section: CalibrationSection, tokenizer: PreTrainedTokenizerBase) -> list[CalibrationTexts]:
+    """Reads and tokenises every source, then every probe, in recipe order; every rank must call this.
+
+    A row of exactly ``sequence_length`` tokens is used as it is and a longer one is cut to its first
+    ``sequence_length`` tokens, neither with special tokens. A shorter one gets the tokenizer's own special tokens; with
+    ``concatenate`` such rows are joined, an end-of-sequence token after each, into full sequences. Rows without any
+    token are passed over.
+
+    Raises:
+        UserError: rows that cannot be read (see ``load_rows``), or none with any text in it.
+    """
+    named: list[tuple[str, Texts]] = [(f"calibration.sources.{name}", s) for name, s in section.sources.items()]
+    named += [(f"calibration.probes.{name}", probe) for name, probe in section.probes.items()]
+    return from_rank0(lambda: [_read(where, texts, section, tokenizer) for where, texts in named])
+
+
+def text_batches(sequences: Sequence[Tensor], *, batch_size: int, rank: int, world_size: int) -> list[Batch]:
+    """This rank's sequences, ``sequences[rank::world_size]`` in order, padded on the right and without labels.
+
+    There may be none for a rank, and numbers of batches differ between ranks.
+    """
+    mine = sequences[rank::world_size]
+    batches = []
+    for start in range(0, len(mine), batch_size):
+        ids, mask = pad_right(mine[start : start + batch_size], 0)
+        batches.append(Batch(ids, mask, None, torch.full_like(ids, IGNORED)))
+    return batches
+
+
+def _read(
+    where: str, texts: Texts, section: CalibrationSection, tokenizer: PreTrainedTokenizerBase
+) -> CalibrationTexts:
+    rows = load_rows(texts, [texts.text_field], name=where)
+    sequences, truncated = _sequences(rows, section, tokenizer, where=where)
+    if not sequences:
+        raise UserError(
+            f"{where}.path {texts.path}: field '{texts.text_field}' is empty in every row; name another field"
+        )
+    if len(sequences) < section.samples:
+        log.warning("%s: %d sequences asked for, its rows make %d", where, section.samples, len(sequences))
+    if truncated:
+        log.info("%s: %d rows are longer than %d tokens and were cut", where, truncated, section.sequence_length)
+    is_source = isinstance(texts, Source)
+    kept_back = _heldout_count(len(sequences), section.heldout_fraction) if is_source else 0
+    split = len(sequences) - kept_back
+    return CalibrationTexts(
+        name=where.rpartition(".")[2],
+        weight=texts.weight if isinstance(texts, Source) else None,
+        calibration=sequences[:split],
+        heldout=sequences[split:],
+        hash=_digest(sequences, split),
+        truncated=truncated,
+    )
+
+
+def _heldout_count(count: int, fraction: float) -> int:
+    if fraction == 0 or count < 2:
+        return 0
+    return min(count - 1, max(1, round(fraction * count)))
+
+
+def _sequences(
+    rows: Dataset, section: CalibrationSection, tokenizer: PreTrainedTokenizerBase, *, where: str
+) -> tuple[list[Tensor], int]:
+    """The first ``samples`` sequences that the shuffled rows make, and how many rows were cut for them."""
+    length = section.sequence_length
+    found: list[list[int]] = []
+    joined: list[int] = []
+    truncated = 0
+    for plain, whole in _tokenised(rows, shuffled(len(rows), section.seed), tokenizer):
+        if not plain:
+            continue
+        if len(plain) >= length:
+            truncated += len(plain) > length
+            found.append(plain[:length])
+        elif not section.concatenate:
+            found.append(whole[:length])
+        else:
+            joined += whole if whole[-1] == tokenizer.eos_token_id else [*whole, tokenizer.eos_token_id]
+            while len(joined) >= length and len(found) < section.samples:
+                found.append(joined[:length])
+                del joined[:length]
+        if len(found) == section.samples:
+            break
+    else:
+        if joined and not found:
+            found.append(joined)
+        elif joined:
+            log.info("%s: the last %d joined tokens make no full sequence and are left out", where, len(joined))
+    return [torch.tensor(ids, dtype=torch.int64) for ids in found], truncated
+
+
+def _tokenised(
+    rows: Dataset, order: np.ndarray, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Each row's tokens without and with the tokenizer's special tokens, a chunk at a time."""
+    for start in range(0, len(order), _CHUNK):
+        texts = list(rows[order[start : start + _CHUNK]][rows.column_names[0]])
+        plain, whole = token_ids(tokenizer, texts, special=False), token_ids(tokenizer, texts, special=True)
+        yield from zip(plain, whole, strict=True)
+
+
+def _digest(sequences: Sequence[Tensor], split: int) -> str:
+    digest = hashlib.sha256(np.array([split, *map(len, sequences)], dtype="<i8").tobytes())
+    for ids in sequences:
+        digest.update(ids.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,43 @@
+"""What every launch script does around its one call: arguments, recipe, process group, errors, exit status."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+
+from nslora_dist import dist
+from nslora_dist.dry_run import describe
+from nslora_dist.errors import EXIT_USER_ERROR, UserError
+from nslora_dist.recipe import Recipe
+from nslora_dist.recipe_file import load_recipe
+
+
+def run(description: str, work: Callable[[Recipe, torch.device], None]) -> int:
+    """Parses the command line and runs ``work`` on every rank.
+
+    Returns:
+        The exit status: 0, or 2 after a one-line error that the user can mend.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--recipe", required=True, help="a name in recipes/, or a path to a YAML file")
+    parser.add_argument("--dry-run", action="store_true", help="check the recipe and print what it comes to, no weights")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
+    # Not allow_abbrev and not intermixed by hand: overrides may stand before and after the flags.
+    arguments = parser.parse_intermixed_args()
+    main = int(os.environ.get("RANK", "0")) == 0
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        if arguments.dry_run:
+            if main:
+                print(describe(recipe))
+            return 0
+        with dist.process_group() as device:
+            work(recipe, device)
+    except UserError as error:
+        if main:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    return 0

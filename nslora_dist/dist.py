@@ -1,0 +1,133 @@
+"""The process group, rank-0 logging and the few collectives in use: the same on CPU over gloo and on GPUs over NCCL."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nslora_dist.errors import UserError
+
+log = logging.getLogger("nslora_dist")
+
+
+def rank() -> int:
+    """This process's rank; 0 outside a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of ranks; 1 outside a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this rank writes files and talks to the person."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """This rank's device: its own GPU where CUDA is there, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+@contextmanager
+def process_group(*, timeout_seconds: float = 1800.0) -> Iterator[torch.device]:
+    """Joins the ranks that ``torchrun`` or ``deepspeed`` started, and leaves them in order.
+
+    A plain ``python`` start makes a group of one, so that every engine runs there too. Yields this rank's device.
+    """
+    logging.basicConfig(
+        level=logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    here = device()
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
+    backend, timeout = "cuda:nccl,cpu:gloo" if here.type == "cuda" else "gloo", timedelta(seconds=timeout_seconds)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield here
+    finally:
+        dist.destroy_process_group()
+
+
+def all_reduce(tensor: Tensor) -> Tensor:
+    """Sums ``tensor`` over the ranks in place and returns it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast(tensor: Tensor, *, source: int = 0) -> Tensor:
+    """Overwrites ``tensor`` with ``source``'s, in place, and returns it."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=source)
+    return tensor
+
+
+def reduce_to(tensor: Tensor, *, owner: int) -> Tensor:
+    """Sums ``tensor`` over the ranks into ``owner``'s copy; the others' copies are undefined afterwards."""
+    if world_size() > 1:
+        dist.reduce(tensor, dst=owner)
+    return tensor
+
+
+def share(value: object) -> object:
+    """Rank 0's ``value``, on every rank; for small Python values."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier() -> None:
+    """Waits for every rank."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+@contextmanager
+def together(what: str) -> Iterator[None]:
+    """Runs a stretch without collectives; if it fails on one rank, every rank ends with that rank's message.
+
+    Without it one rank would raise while the others wait in their next collective until its time-out.
+
+    Raises:
+        UserError: on every rank, with the message of the lowest rank that failed.
+        Exception: what this rank raised itself, where it was no UserError.
+    """
+    failure: BaseException | None = None
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 (passed on below, on every rank)
+        failure = error
+    if world_size() == 1:
+        if failure is not None:
+            raise failure
+        return
+    mine = None if failure is None else (isinstance(failure, UserError), f"{failure}")
+    everyone: list[tuple[bool, str] | None] = [None] * world_size()
+    dist.all_gather_object(everyone, mine)
+    failed = [(number, said) for number, said in enumerate(everyone) if said is not None]
+    if not failed:
+        return
+    if failure is not None and not isinstance(failure, UserError):
+        raise failure
+    number, (expected, message) = failed[0]
+    if expected:
+        raise UserError(message) from failure
+    raise UserError(f"{what}: rank {number} failed: {message}") from failure

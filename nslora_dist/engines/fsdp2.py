@@ -1,0 +1,72 @@
+"""PyTorch FSDP2: every parameter a DTensor sharded over all ranks, gathered block by block."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from nslora_dist import dist
+from nslora_dist.base_model import torch_dtype
+from nslora_dist.data import Batch
+from nslora_dist.engines.base import Job, clip_and_step, make_optimizer, prepare
+from nslora_dist.recipe import Recipe
+
+
+class Fsdp2Engine:
+    """``fully_shard`` on the embedding, every block and the head, and on the root for what is left.
+
+    Trained parameters are float32 and gathered in the compute dtype; FSDP2 wants one dtype among the *trained*
+    parameters of a group, so frozen bfloat16 weights and 4-bit bytes stored as bfloat16 share a block's group with
+    them, and those bytes travel without a cast because storage and compute dtype are the same.
+    """
+
+    def __init__(self, job: Job, recipe: Recipe) -> None:
+        """Loads and shards the model unit by unit."""
+        mesh = init_device_mesh(job.device.type, (dist.world_size(),))
+        compute = torch_dtype(recipe.base_model)
+        policy = MixedPrecisionPolicy()
+        if compute != torch.float32:
+            policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+        tied = job.model.lm_head.weight is job.model.model.embed_tokens.weight
+
+        def shard(name: str, unit: nn.Module) -> None:
+            # A tied embedding is used by two modules, so it belongs to the root's group; a norm alone is too small
+            # for a collective of its own.
+            if name != "model.norm" and not (tied and name == "model.embed_tokens"):
+                fully_shard(unit, mesh=mesh, mp_policy=policy)
+
+        self.model = job.model
+        self.root = fully_shard(prepare(job, recipe, shard), mesh=mesh, mp_policy=policy)
+        self.optimizer = make_optimizer(self.root, recipe)
+        self.max_grad_norm = recipe.train.max_grad_norm
+
+    def forward(self, batch: Batch) -> Tensor:
+        """See ``Engine``."""
+        self.root.train()
+        return self.root(batch)
+
+    @torch.no_grad()
+    def matches(self, batch: Batch) -> Tensor:
+        """See ``Engine``."""
+        self.root.eval()
+        return self.root(batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """See ``Engine``. Gradients are reduced at every micro-batch: kept whole, they would cost a copy of B."""
+        loss.backward()
+
+    def step(self, learning_rate: float) -> float:
+        """See ``Engine``."""
+        norm = clip_and_step(
+            self.root, self.optimizer, max_grad_norm=self.max_grad_norm, learning_rate=learning_rate
+        )
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def gather(self, parameter: nn.Parameter) -> Tensor:
+        """See ``Engine``."""
+        value = parameter.detach()
+        return (value.full_tensor() if isinstance(value, DTensor) else value).cpu().clone()
+
+    def close(self) -> None:
+        """See ``Engine``. Nothing outlives the references."""

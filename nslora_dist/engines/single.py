@@ -1,0 +1,59 @@
+"""One process, nothing sharded: the reference that the other engines are compared with."""
+
+import torch
+from torch import Tensor, nn
+
+from nslora_dist import dist
+from nslora_dist.data import Batch
+from nslora_dist.engines.base import Job, clip_and_step, make_optimizer, prepare
+from nslora_dist.errors import UserError
+from nslora_dist.recipe import Recipe
+
+
+class SingleEngine:
+    """The plain PyTorch engine."""
+
+    def __init__(self, job: Job, recipe: Recipe) -> None:
+        """Loads the model onto the device.
+
+        Raises:
+            UserError: started with several ranks.
+        """
+        if dist.world_size() > 1:
+            raise UserError(
+                f"engine.name single runs in one process, and {dist.world_size()} were started; "
+                "use engine.name=fsdp2 or zero3"
+            )
+        self.model = job.model
+        self.root = prepare(job, recipe, lambda name, unit: None)
+        self.optimizer = make_optimizer(self.root, recipe)
+        self.max_grad_norm = recipe.train.max_grad_norm
+
+    def forward(self, batch: Batch) -> Tensor:
+        """See ``Engine``."""
+        self.root.train()
+        return self.root(batch)
+
+    @torch.no_grad()
+    def matches(self, batch: Batch) -> Tensor:
+        """See ``Engine``."""
+        self.root.eval()
+        return self.root(batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """See ``Engine``."""
+        loss.backward()
+
+    def step(self, learning_rate: float) -> float:
+        """See ``Engine``."""
+        norm = clip_and_step(
+            self.root, self.optimizer, max_grad_norm=self.max_grad_norm, learning_rate=learning_rate
+        )
+        return float(norm)
+
+    def gather(self, parameter: nn.Parameter) -> Tensor:
+        """See ``Engine``."""
+        return parameter.detach().cpu().clone()
+
+    def close(self) -> None:
+        """See ``Engine``. Nothing outlives the references."""

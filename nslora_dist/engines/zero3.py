@@ -1,0 +1,112 @@
+"""DeepSpeed ZeRO-3: parameters, gradients and optimizer state partitioned. ``deepspeed`` is imported here alone."""
+
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nslora_dist import dist
+from nslora_dist.data import Batch
+from nslora_dist.engines.base import Job, make_optimizer, prepare
+from nslora_dist.errors import UserError
+from nslora_dist.recipe import Recipe, check_zero_config
+
+# DeepSpeed logs dozens of lines per rank at INFO; a person running a recipe needs its warnings.
+os.environ.setdefault("DS_LOG_LEVEL", "warning")
+try:
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.utils import safe_get_full_fp32_param
+except ImportError as error:
+    raise UserError(f"engine.name zero3: deepspeed cannot be imported ({error}); pip install deepspeed") from error
+
+
+class _PartitionLocally(Init):
+    """ZeRO-3's partitioning without its broadcast: every rank has read the same unit from the checkpoint."""
+
+    def _zero_init_param(self, param: nn.Parameter) -> None:
+        self._convert_to_deepspeed_param(param)
+        param.partition()
+
+
+def deepspeed_config(recipe: Recipe, *, world_size: int) -> dict[str, Any]:
+    """The whole DeepSpeed config: ZeRO knobs from ``engine.config``, everything else from the recipe."""
+    settings = {} if recipe.engine.config is None else check_zero_config(recipe)
+    bf16 = recipe.base_model.dtype == "bfloat16"
+    return settings | {
+        "train_batch_size": recipe.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
+        "gradient_accumulation_steps": recipe.train.accumulation(world_size),
+        "gradient_clipping": recipe.train.max_grad_norm,
+        "bf16": {"enabled": bf16},
+        # Gradients are summed over micro-batches and ranks in float32, as FSDP2's are.
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": settings.get("zero_optimization", {}) | {"stage": 3},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
+
+
+class Zero3Engine:
+    """The DeepSpeed engine."""
+
+    def __init__(self, job: Job, recipe: Recipe) -> None:
+        """Loads and partitions the model unit by unit, then hands it to DeepSpeed."""
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        os.environ.setdefault("LOCAL_RANK", "0")
+        config = deepspeed_config(recipe, world_size=dist.world_size())
+
+        def shard(name: str, unit: nn.Module) -> None:
+            # mem_efficient_linear would replace F.linear everywhere by one that keeps the input of frozen weights too.
+            _PartitionLocally(module=unit, config_dict_or_path=config, mem_efficient_linear=False)
+
+        deepspeed.init_distributed(verbose=False)
+        self.model = job.model
+        root = prepare(job, recipe, shard)
+        self.optimizer = make_optimizer(root, recipe)
+        self.engine, *_ = deepspeed.initialize(
+            model=root, optimizer=self.optimizer, config=config, dist_init_required=False
+        )
+
+    def forward(self, batch: Batch) -> Tensor:
+        """See ``Engine``."""
+        self.engine.train()
+        return self.engine(batch)
+
+    @torch.no_grad()
+    def matches(self, batch: Batch) -> Tensor:
+        """See ``Engine``."""
+        self.engine.eval()
+        return self.engine(batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """See ``Engine``. The loss is weighted by tokens already, so DeepSpeed must not divide it by micro-batches.
+
+        DeepSpeed counts micro-batches itself: only the last one of a step lets ``engine.step`` update.
+        """
+        self.engine.backward(loss, scale_wrt_gas=False)
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()
+
+    def step(self, learning_rate: float) -> float:
+        """See ``Engine``."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    def gather(self, parameter: nn.Parameter) -> Tensor:
+        """See ``Engine``."""
+        if parameter.requires_grad:
+            master = safe_get_full_fp32_param(parameter)
+            assert master is not None
+            return master.detach().cpu().clone()
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().cpu().clone()
+
+    def close(self) -> None:
+        """See ``Engine``. DeepSpeed keeps hooks and buffers until told."""
+        self.engine.destroy()

@@ -1,0 +1,143 @@
+"""What an adapter learned and what it disturbed: adaptation, retention, and interference by a forward pass."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from nslora_dist import dist
+from nslora_dist.adapter import adapted_linears, observed
+from nslora_dist.calibration.store import MIXTURE
+from nslora_dist.calibration_data import CalibrationTexts, text_batches
+from nslora_dist.data import Batch, evaluation_batches
+from nslora_dist.engines import Engine
+from nslora_dist.recipe import EvaluationSection
+
+ADAPTATION = "adaptation"
+
+
+@dataclass(frozen=True)
+class EvaluationSets:
+    """This rank's batches of the adaptation set and of every retention set."""
+
+    adaptation: list[Batch] | None
+    retention: dict[str, list[Batch]]
+
+    @classmethod
+    def load(cls, section: EvaluationSection, tokenizer: PreTrainedTokenizerBase) -> "EvaluationSets":
+        """Reads and tokenises every set; every rank must call this.
+
+        Raises:
+            UserError: rows that cannot be read.
+        """
+
+        def load(where: str, prompts: Any) -> list[Batch]:
+            return evaluation_batches(
+                prompts,
+                tokenizer,
+                batch_size=section.batch_size,
+                rank=dist.rank(),
+                world_size=dist.world_size(),
+                name=where,
+            )
+
+        return cls(
+            adaptation=None if section.adaptation is None else load("evaluation.adaptation", section.adaptation),
+            retention={name: load(f"evaluation.retention.{name}", s) for name, s in section.retention.items()},
+        )
+
+
+def exact_match(engine: Engine, batches: Sequence[Batch], *, device: torch.device) -> float:
+    """Share of questions that greedy decoding answers exactly, over all ranks, in 0..1."""
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    for batch in batches:
+        totals[0] += engine.matches(batch.to(device)).sum()
+        totals[1] += batch.supervised_rows
+    right, asked = dist.all_reduce(totals).tolist()
+    return right / asked
+
+
+def evaluate(engine: Engine, sets: EvaluationSets, *, device: torch.device) -> dict[str, Any]:
+    """``adaptation``, ``retention`` (the mean over names) and ``retention_by`` name; None where nothing was asked."""
+    retention = {name: exact_match(engine, batches, device=device) for name, batches in sets.retention.items()}
+    return {
+        "adaptation": None if sets.adaptation is None else exact_match(engine, sets.adaptation, device=device),
+        "retention": sum(retention.values()) / len(retention) if retention else None,
+        "retention_by": retention,
+    }
+
+
+def even_batches(batches: list[Batch], *, device: torch.device) -> list[Batch]:
+    """This rank's text batches, filled up so that every rank runs the same number through a sharded model."""
+    most = torch.tensor([len(batches)], device=device)
+    if dist.world_size() > 1:
+        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    idle = torch.zeros(1, 2, dtype=torch.int64)
+    # A mask that is all zero counts nothing; its row attends to nothing, so its first token is left in and masked off
+    # by the caller through ``labels``.
+    filler = Batch(idle, None, None, torch.full_like(idle, -100), unmasked_padding=2)
+    return batches + [filler] * (int(most) - len(batches))
+
+
+def forward_interference(
+    engine: Engine, texts: Sequence[CalibrationTexts], *, batch_size: int, device: torch.device
+) -> dict[str, dict[str, Tensor]]:
+    """‖ΔW X‖_F / ‖W X‖_F on the base's activations, by a forward pass over each source and probe (METHODS.md §1d).
+
+    For adapters whose A trained or whose calibration did not keep A G Aᵀ; the delta form with frozen A knows the same
+    number from r × r matrices.
+
+    Returns:
+        name → module → () float64. The mixture of the sources, each counted by weight over its own output energy,
+        stands under ``calibration``.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    weights = {text.name: text.weight for text in texts if text.weight is not None}
+    for text in texts:
+        batches = text_batches(
+            text.calibration, batch_size=batch_size, rank=dist.rank(), world_size=dist.world_size()
+        )
+        with observed(engine.model) as seen:
+            for batch in even_batches(batches, device=device):
+                real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
+                seen.mask = (real.bool() & (batch.unmasked_padding == 0)).to(device)
+                engine.matches(batch.to(device))
+        names = list(seen.update)
+        sums = torch.stack([torch.stack([seen.update[name], seen.output[name]]) for name in names])
+        dist.all_reduce(sums)
+        found[text.name] = {name: (pair[0] / pair[1]).sqrt() for name, pair in zip(names, sums, strict=True)}
+    whole = sum(weights.values())
+    found[MIXTURE] = {
+        module: torch.stack([weight / whole * found[name][module] ** 2 for name, weight in weights.items()]).sum().sqrt()
+        for module in adapted_linears(engine.model)
+    }
+    return found
+
+
+def live_interference(engine: Engine) -> dict[str, dict[str, Tensor]]:
+    """name → module → (), what the last forward pass with ``measure`` set left on the adapted linears."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for module, adapted in adapted_linears(engine.model).items():
+        for name, value in adapted.interference.items():
+            found.setdefault(name, {})[module] = value
+    return found
+
+
+def summarise(found: Mapping[str, Mapping[str, Tensor]], texts: Sequence[CalibrationTexts]) -> dict[str, Any] | None:
+    """``max``, ``mean``, ``rms`` and ``per_module`` of the mixture; ``by_source`` and ``by_probe`` with max and mean."""
+    if not found:
+        return None
+
+    def ends(values: Mapping[str, Tensor]) -> dict[str, float]:
+        stacked = torch.stack(list(values.values())).double()
+        return {"max": float(stacked.max()), "mean": float(stacked.mean()), "rms": float(stacked.square().mean().sqrt())}
+
+    return {
+        **ends(found[MIXTURE]),
+        "per_module": {module: float(value) for module, value in found[MIXTURE].items()},
+        "by_source": {text.name: ends(found[text.name]) for text in texts if text.weight is not None},
+        "by_probe": {text.name: ends(found[text.name]) for text in texts if text.weight is None},
+    }

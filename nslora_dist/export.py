@@ -1,0 +1,364 @@
+"""The adapter on disk: a plain LoRA on the original base in PEFT's format, with a model card that says what it disturbs.
+
+Nothing of this project is needed to load it: PEFT, vLLM and merging tools read the folder as any other LoRA.
+"""
+
+import importlib.metadata
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nslora_dist.artifacts import load_tensors, read_json, replace_folder, save_tensors, write_text
+from nslora_dist.errors import UserError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+ARM_LABELS = {"base": "base", "lora": "plain LoRA", "null_space": "null-space adapter"}
+METHODS = {
+    "lora_null": "LoRA-Null (arXiv 2503.02659): the update is confined to, or starts from, the directions that the "
+    "calibration activations hardly use",
+    "lora": "LoRA",
+}
+FORMS = {
+    "delta": "delta: A stays at its initial value and B - B0 is trained from zero on the untouched base",
+    "residual": "residual: trained on W - B0 A0 and exported exactly, as B A - B0 A0, at twice the rank",
+}
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One module's ΔW = scale · B A on the original base, before the scale.
+
+    Attributes:
+        lora_a: (r, d_in), the down-projection.
+        lora_b: (d_out, r), the up-projection.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+
+    @property
+    def rank(self) -> int:
+        """r, the rows of A."""
+        return self.lora_a.shape[0]
+
+
+def residual_factors(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> Factors:
+    """ΔW = B A - B₀ A₀ as factors of rank 2r, without rounding: A' = [A; A₀], B' = [B, -B₀] (METHODS.md §1a).
+
+    The scale stays what it was: ``scale · B' A'`` is the update. Tensors of two dtypes meet in the wider one.
+
+    Args:
+        a: (r, d_in), trained or frozen.
+        b: (d_out, r), trained.
+        a0: (r, d_in), as initialised.
+        b0: (d_out, r), as initialised.
+    """
+    return Factors(torch.cat([a, a0]), torch.cat([b, -b0], dim=1))
+
+
+def write_adapter(
+    folder: Path,
+    factors: Mapping[str, Factors],
+    *,
+    scale: float,
+    base_model: str,
+    revision: str | None,
+    target_modules: Sequence[str],
+    card: Mapping[str, Any],
+) -> None:
+    """Writes ``adapter_config.json``, ``adapter_model.safetensors`` and ``README.md``, all or nothing.
+
+    Dtypes are kept. Ranks are read off the tensors and may differ: ``rank_pattern`` and ``alpha_pattern`` then keep
+    ``alpha / rank`` equal to ``scale`` everywhere.
+
+    Args:
+        folder: replaced whole if it exists.
+        factors: module name in the Hugging Face model (``model.layers.0.self_attn.q_proj``) to its factors.
+        scale: ΔW = scale · B A; ``lora_alpha`` is written as scale · rank.
+        base_model: hub name or folder of the original base.
+        revision: the base's revision on the hub.
+        target_modules: full names or last parts (``q_proj``), as in the recipe.
+        card: what the model card tells, every key optional: ``name``; ``method``, ``form``, ``a_init``, ``freeze_a``,
+            ``quantization`` as in the recipe; ``sources`` and ``probes`` ({name: {path, sequences, tokens, weight}});
+            ``leak``, ``interference``, ``evaluation`` as in ``report.json``; ``versions`` ({package: version}).
+
+    Raises:
+        ValueError: a tensor is empty, not 2-D or does not fit its partner, a module is outside ``target_modules``, or
+            a target has no module; the message names it.
+        TypeError: ``target_modules`` is one text instead of a list.
+        UserError: no factors at all, or a value that is not finite.
+    """
+    from peft import LoraConfig, TaskType
+
+    if not factors:
+        raise UserError(f"{folder}: no module was adapted, so there is nothing to export; check adapter.target_modules")
+    for module, pair in factors.items():
+        _check(module, pair)
+    _check_targets(factors, target_modules)
+
+    # The commonest rank is the rule and the others the exceptions, so that an even adapter needs no patterns: not every
+    # reader knows them.
+    rank = Counter(pair.rank for pair in factors.values()).most_common(1)[0][0]
+    uneven = {module: pair.rank for module, pair in factors.items() if pair.rank != rank}
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        inference_mode=True,
+        base_model_name_or_path=base_model,
+        revision=revision,
+        r=rank,
+        lora_alpha=_alpha(scale, rank),  # type: ignore[arg-type]  # annotated int, used as any number
+        target_modules=list(target_modules),
+        rank_pattern=uneven,
+        alpha_pattern={module: _alpha(scale, rank) for module, rank in uneven.items()},
+    )
+    tensors: dict[str, Tensor] = {}
+    for module, pair in factors.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = pair.lora_a
+        tensors[f"base_model.model.{module}.lora_B.weight"] = pair.lora_b
+    ranks = sorted({pair.rank for pair in factors.values()})
+    text = _model_card(folder, card, base_model=base_model, revision=revision, ranks=ranks, scale=scale)
+    with replace_folder(folder) as partial:
+        config.save_pretrained(str(partial))
+        save_tensors(partial / WEIGHTS_FILE, tensors)
+        write_text(partial / "README.md", text)
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, Factors], dict[str, Any]]:
+    """Reads a LoRA folder in PEFT's format, this project's or another's.
+
+    Returns:
+        Module name to factors, on the CPU in the file's dtype, and the contents of ``adapter_config.json``.
+
+    Raises:
+        UserError: a file is missing or damaged, or it holds more than two factors a module (DoRA, biases, saved
+            modules, embeddings): what these add would be lost without a word.
+    """
+    config = read_json(folder / CONFIG_FILE)
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise UserError(f"{folder / CONFIG_FILE}: peft_type is not LORA; only LoRA adapters can be read")
+    path = folder / WEIGHTS_FILE
+    sides: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_tensors(path).items():
+        match = KEY.fullmatch(key)
+        if match is None:
+            raise UserError(f"{path}: '{key}' is no LoRA factor of a linear layer; only plain LoRA can be read")
+        sides.setdefault(match["module"], {})[match["side"]] = tensor
+    if not sides:
+        raise UserError(f"{path}: holds no factors; export the adapter again")
+    factors = {}
+    for module, pair in sides.items():
+        if len(pair) < 2:
+            raise UserError(f"{path}: {module} has only lora_{next(iter(pair))}; export the adapter again")
+        factors[module] = Factors(pair["A"], pair["B"])
+        try:
+            _check(module, factors[module])
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from error
+    return factors, config
+
+
+def module_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """The scale in ΔW = scale · B A that PEFT gives ``module`` under ``adapter_config.json``'s contents."""
+    alpha = config["lora_alpha"]
+    for key, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):  # PEFT's own rule: the first that fits the end of the name
+            alpha = value
+            break
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, the first column left-aligned and the others right-aligned."""
+    rule = [":--"] + ["--:"] * (len(header) - 1)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in [header, rule, *rows]
+    )
+
+
+def percent(value: float | None) -> str:
+    """A share in 0..1 as ``97.5%``; "–" for what was not measured."""
+    return "–" if value is None else f"{100 * value:.1f}%"
+
+
+def number(value: float | None) -> str:
+    """Three significant digits; "–" for what was not measured."""
+    return "–" if value is None else f"{value:.3g}"
+
+
+def arm_label(arm: str) -> str:
+    """An evaluated arm's name as a person reads it."""
+    return ARM_LABELS.get(arm, arm.replace("_", " "))
+
+
+def ordered_arms(evaluation: Mapping[str, Any]) -> list[str]:
+    """The evaluated arms, the base first and the others as they were evaluated."""
+    return sorted(evaluation, key=lambda arm: arm != "base")
+
+
+def evaluation_table(evaluation: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of adaptation and retention, one row an arm, the base first; as in ``report.json``."""
+    kept = list(dict.fromkeys(name for arm in evaluation.values() for name in arm.get("retention_by") or {}))
+    header = ["", "task accuracy", "knowledge retention", *kept]
+    rows = []
+    for arm in ordered_arms(evaluation):
+        scores = evaluation[arm]
+        by_name = scores.get("retention_by") or {}
+        shares = [scores.get("adaptation"), scores.get("retention"), *(by_name.get(name) for name in kept)]
+        rows.append([arm_label(arm), *map(percent, shares)])
+    return header, rows
+
+
+def interference_tables(interference: Mapping[str, Any]) -> list[str]:
+    """Markdown tables of ‖ΔW X‖ / ‖W X‖: over all sources, by source, by probe; those that were measured."""
+    head = ["largest module", "mean over modules"]
+    tables = []
+    if interference.get("max") is not None:
+        overall = ["calibration mixture", number(interference["max"]), number(interference.get("mean"))]
+        tables.append(markdown_table(["", *head], [overall]))
+    for kind in ("source", "probe"):
+        if by_name := interference.get(f"by_{kind}"):
+            rows = [[name, number(value.get("max")), number(value.get("mean"))] for name, value in by_name.items()]
+            tables.append(markdown_table([kind, *head], rows))
+    return tables
+
+
+def _alpha(scale: float, rank: int) -> float:
+    alpha = scale * rank
+    return int(alpha) if float(alpha).is_integer() else alpha  # PEFT's own files hold whole numbers as integers
+
+
+def _check(module: str, pair: Factors) -> None:
+    for side, tensor in (("lora_A", pair.lora_a), ("lora_B", pair.lora_b)):
+        if tensor.numel() == 0:
+            raise ValueError(f"{module}: {side} is empty, {tuple(tensor.shape)}: a sharded tensor was not gathered")
+        if tensor.ndim != 2:
+            raise ValueError(f"{module}: {side} has shape {tuple(tensor.shape)}; a matrix is needed")
+    if pair.lora_a.shape[0] != pair.lora_b.shape[1]:
+        raise ValueError(
+            f"{module}: lora_A {tuple(pair.lora_a.shape)} and lora_B {tuple(pair.lora_b.shape)} differ in their rank"
+        )
+    for side, tensor in (("lora_A", pair.lora_a), ("lora_B", pair.lora_b)):
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{module}: {side} has values that are not finite; lower train.learning_rate and train again"
+            )
+
+
+def _check_targets(factors: Mapping[str, Factors], target_modules: Sequence[str]) -> None:
+    """PEFT adapts every module that a target fits and no other: both sides have to agree with the factors."""
+    if isinstance(target_modules, str):
+        raise TypeError(f"target_modules is the text '{target_modules}'; give a list of names")
+    unused = set(target_modules)
+    for module in factors:
+        fitting = {target for target in target_modules if f".{module}".endswith(f".{target}")}
+        if not fitting:
+            raise ValueError(f"{module}: none of target_modules {list(target_modules)} fits it; PEFT would not load it")
+        unused -= fitting
+    if unused:
+        raise ValueError(f"target module '{min(unused)}' has no factors; PEFT would start it at random")
+
+
+def _model_card(
+    folder: Path, card: Mapping[str, Any], *, base_model: str, revision: str | None, ranks: list[int], scale: float
+) -> str:
+    from huggingface_hub import ModelCard, ModelCardData
+
+    null_space = card.get("method", "lora_null") == "lora_null"
+    data = ModelCardData(
+        # The hub refuses a card whose base is a folder on somebody's disk; the text names it all the same.
+        base_model=None if Path(base_model).exists() else base_model,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", *(["lora-null", "null-space"] if null_space else []), "nslora_dist"],
+    )
+    return str(
+        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_card_text(folder, card, base_model, revision, ranks, scale)}")
+    )
+
+
+def _card_text(
+    folder: Path, card: Mapping[str, Any], base_model: str, revision: str | None, ranks: list[int], scale: float
+) -> str:
+    """The card's body in Markdown: only what was measured or set has a section."""
+    name = card.get("name") or folder.name
+    spread = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    at = f" at revision `{revision}`" if revision else ""
+    facts = [
+        ("method", METHODS.get(card.get("method", ""), card.get("method"))),
+        ("form", None if card.get("method") == "lora" else FORMS.get(card.get("form", ""), card.get("form"))),
+        ("initial A", card.get("a_init")),
+        ("A frozen", None if card.get("freeze_a") is None else ("yes" if card["freeze_a"] else "no")),
+        ("rank", spread),
+        ("scale (alpha / rank)", f"{scale:g}"),
+        ("base quantization in training", card.get("quantization")),
+    ]
+    argument = f', revision="{revision}"' if revision else ""
+    loading = [
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'base = AutoModelForCausalLM.from_pretrained("{base_model}"{argument}, dtype="auto")',
+        f'model = PeftModel.from_pretrained(base, "{folder}")',
+        "```",
+    ]
+    parts = [
+        f"# {name}",
+        f"A LoRA adapter for `{base_model}`{at}, to be used on that base as it is.",
+        "\n".join(f"- {key}: {value}" for key, value in facts if value is not None),
+        "## Loading",
+        "\n".join(loading),
+    ]
+    texts = [(kind, card.get(f"{kind}s") or {}) for kind in ("source", "probe")]
+    if any(named for _, named in texts):
+        rows = [
+            [
+                name,
+                kind,
+                *(str(entry[key]) if key in entry else "–" for key in ("path", "sequences", "tokens", "weight")),
+            ]
+            for kind, named in texts
+            for name, entry in named.items()
+        ]
+        parts += [
+            "## Calibration",
+            "Sources shaped the null space; probes were only measured. What was not calibrated on is not protected.",
+            markdown_table(["name", "kind", "path", "sequences", "tokens", "weight"], rows),
+        ]
+    if leak := card.get("leak"):
+        shown = {"calibration": "calibration texts", "heldout": "held-out texts", "random": "a random basis"}
+        rows = [[label, number(leak.get(key))] for key, label in shown.items()]
+        parts += [
+            "## Leak",
+            "Share of the activations' energy that lies in the chosen null space: 0 would be a true null space.",
+            markdown_table(["measured on", "leak"], rows),
+        ]
+    if tables := interference_tables(card.get("interference") or {}):
+        parts += [
+            "## Interference",
+            "‖ΔW X‖ / ‖W X‖: how far the adapter moves what each layer did on a text.",
+            *tables,
+        ]
+    if evaluation := card.get("evaluation"):
+        parts += ["## Evaluation", markdown_table(*evaluation_table(evaluation))]
+    versions = card.get("versions") or _versions()
+    parts += ["## Versions", "\n".join(f"- {package} {version}" for package, version in versions.items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("nslora_dist", "torch", "transformers", "peft"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # run from a clone, not installed
+            continue
+    return found

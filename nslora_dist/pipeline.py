@@ -1,0 +1,365 @@
+"""The one place that knows the whole way: recipe → null space → adapter → training → adapter on disk → report."""
+
+import logging
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from nslora_dist import artifacts, dist
+from nslora_dist.adapter import AdaptedLinear, adapted_linears
+from nslora_dist.base_files import Checkpoint, locate
+from nslora_dist.base_model import (
+    InputGroup,
+    attach_adapters,
+    build_empty,
+    fill_unit,
+    input_groups,
+    load_config,
+    target_groups,
+    torch_dtype,
+)
+from nslora_dist.calibration import store
+from nslora_dist.calibration.run import Calibration
+from nslora_dist.calibration.store import NullSpace
+from nslora_dist.calibration_data import CalibrationTexts, calibration_texts
+from nslora_dist.data import TrainingData, load_tokenizer
+from nslora_dist.engines import Engine, start_engine
+from nslora_dist.engines.base import Job, adapter_dtype
+from nslora_dist.errors import UserError
+from nslora_dist.evaluate import EvaluationSets, evaluate, forward_interference, live_interference, summarise
+from nslora_dist.export import Factors, residual_factors, write_adapter
+from nslora_dist.recipe import Recipe
+from nslora_dist.report import Scalars, spectrum_entry, summary_table, write_report, written_paths
+from nslora_dist.trainer import Trained, peak_memory, train
+
+log = logging.getLogger("nslora_dist")
+
+
+class Run:
+    """One recipe on its way; each stage leaves its result in the run's folder or on the instance."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        """Checks everything that can be checked without weights, then claims the run folder.
+
+        Raises:
+            UserError: whatever is wrong with the recipe, the model's config, the data or the folder.
+        """
+        self.recipe, self.device = recipe, device
+        self.folder = Path(recipe.output_dir)
+        self.seconds: dict[str, float] = {}
+        recipe.train.accumulation(dist.world_size())
+        with dist.together("finding the base model"):
+            self.base_folder = locate(recipe.base_model)
+            self.checkpoint = Checkpoint(self.base_folder)
+            self.config = load_config(recipe.base_model)
+        self.groups = self._groups(recipe)
+        with self.phase("data"):
+            self.tokenizer = load_tokenizer(recipe.base_model)
+            self.texts = calibration_texts(recipe.calibration, self.tokenizer)
+        claim_folder(recipe)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times a phase for the report."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def _groups(self, recipe: Recipe) -> list[InputGroup]:
+        return target_groups(input_groups(build_empty(recipe.base_model, self.config)), recipe.adapter)
+
+    def null_space(self) -> NullSpace:
+        """The null space of the recipe's own adapter: the one on disk where it fits, else a calibration pass."""
+        recipe = self.recipe
+        key = self._null_space_key()
+        folder = self.folder / "null_space"
+        found = store.reusable(folder, key["key"])
+        if found is not None:
+            log.info("null space: %s fits base, data and settings; used again", folder)
+            return found
+        with self.phase("calibration"):
+            empty = build_empty(recipe.base_model, self.config)
+            calibration = Calibration(
+                empty,
+                self.checkpoint,
+                self.groups,
+                section=recipe.calibration,
+                adapter=recipe.adapter,
+                device=self.device,
+            )
+            made = calibration.run(self.texts)
+            null_space = NullSpace(manifest=key | made.manifest, tensors=made.tensors)
+            with dist.together("writing the null space"):
+                if dist.is_main():
+                    store.save(folder, null_space)
+        return null_space
+
+    def _null_space_key(self) -> dict[str, Any]:
+        """What the null space depends on, and one hash over it: a run with the same hash reuses it."""
+        adapter = self.recipe.adapter
+        fingerprint = dist.share(self.checkpoint.fingerprint() if dist.is_main() else None)
+        hashes = {
+            "base": fingerprint,
+            "data": {text.name: {"hash": text.hash, "weight": text.weight} for text in self.texts},
+            "settings": artifacts.hash_json(
+                {
+                    "base": self.recipe.base_model.model_dump(include={"dtype", "quantization"}),
+                    "calibration": self.recipe.calibration.model_dump(
+                        exclude={"sources", "probes", "hidden_states", "batch_size"}
+                    ),
+                    "adapter": [adapter.rank, adapter.form, adapter.a_init],
+                    "groups": [[shape.name for shape in group.modules] for group in self.groups],
+                }
+            ),
+        }
+        return {"kind": "null_space", "key": artifacts.hash_json(hashes), "hashes": hashes}
+
+    def train(self) -> dict[str, Any]:
+        """Calibrates, trains the recipe's adapter and its baselines, exports, evaluates and reports.
+
+        Returns:
+            The report.
+        """
+        recipe = self.recipe
+        with self.phase("data"):
+            data = TrainingData.load(recipe.data, recipe.train, self.tokenizer)
+            sets = EvaluationSets.load(recipe.evaluation, self.tokenizer)
+        null_space = self.null_space() if recipe.adapter.method == "lora_null" else None
+        report: dict[str, Any] = {
+            "recipe": recipe.model_dump(mode="json"),
+            "engine": recipe.engine.name,
+            "world_size": dist.world_size(),
+            "quantization": recipe.base_model.quantization,
+            "evaluation": {},
+            "interference_by_arm": {},
+            "leak": None if null_space is None else null_space.leak(),
+            "spectra": _spectra(null_space),
+            "data": {
+                "samples": data.samples,
+                "tokens": data.tokens,
+                "packs": data.packs,
+                "truncated": data.truncated,
+                "without_response": data.without_response,
+            },
+        }
+        trained = self._arm(recipe, recipe.arm_name, null_space, data, sets, report)
+        report |= {
+            "losses": trained.losses,
+            "grad_norms": trained.grad_norms,
+            "tokens_per_second": trained.tokens_per_second,
+        }
+        for name in recipe.evaluation.baselines:
+            arm = recipe.arm(name)
+            arm_data = data if arm.train == recipe.train else TrainingData.load(arm.data, arm.train, self.tokenizer)
+            self._arm(arm, name, null_space if _fits(arm, recipe) else None, arm_data, sets, report)
+        memory = torch.tensor([peak_memory()], dtype=torch.int64, device=self.device)
+        if dist.world_size() > 1:
+            torch.distributed.all_reduce(memory, op=torch.distributed.ReduceOp.MAX)
+        report |= {"seconds": self.seconds, "peak_memory_bytes": int(memory)}
+        with dist.together("writing the report"):
+            if dist.is_main():
+                write_report(self.folder, report)
+        return report
+
+    def _arm(
+        self,
+        arm: Recipe,
+        name: str,
+        null_space: NullSpace | None,
+        data: TrainingData,
+        sets: EvaluationSets,
+        report: dict[str, Any],
+    ) -> Trained:
+        """Trains one adapter, measures it, writes it, and puts its figures into the report."""
+        own = arm.evaluation.baselines == self.recipe.evaluation.baselines and name == self.recipe.arm_name
+        folder = self.folder / ("adapter" if own else f"baselines/{name}")
+        with self.phase("load"):
+            engine = start_engine(self._job(arm, null_space), arm)
+        if "base" not in report["evaluation"]:
+            # Every adapter starts as the base's own function, so the first arm's engine stands for the base.
+            with self.phase("evaluation"):
+                report["evaluation"]["base"] = evaluate(engine, sets, device=self.device)
+        with self.phase("training"), Scalars(self.folder / "tensorboard" / name) as scalars:
+            trained = train(engine, data, arm.train, device=self.device, scalars=scalars, description=f"training {name}")
+        with self.phase("evaluation"):
+            scores = evaluate(engine, sets, device=self.device)
+            report["evaluation"][name] = scores | {"learning_rate": arm.train.learning_rate}
+            interference = summarise(self._interference(engine, data, arm), self.texts)
+        report["interference_by_arm"][name] = interference
+        if own:
+            report |= {"interference": interference, "adapter": str(folder)}
+        with self.phase("export"):
+            export(engine, arm, folder, report, texts=self.texts, evaluated=name)
+        engine.close()
+        return trained
+
+    def _interference(self, engine: Engine, data: TrainingData, arm: Recipe) -> dict[str, dict[str, Tensor]]:
+        """Of the final adapter: from r × r matrices where A is frozen, else by a forward pass over all texts."""
+        modules = adapted_linears(engine.model).values()
+        if not all(module.update_grams for module in modules):
+            return forward_interference(
+                engine, self.texts, batch_size=self.recipe.calibration.batch_size, device=self.device
+            )
+        for module in modules:
+            module.measure = True
+        engine.matches(data.micro_batches(0, rank=dist.rank(), world_size=dist.world_size())[0].to(self.device))
+        for module in modules:
+            module.measure = False
+        return live_interference(engine)
+
+    def _job(self, arm: Recipe, null_space: NullSpace | None) -> Job:
+        """The arm's model on the meta device, and how its units are filled."""
+        model = build_empty(arm.base_model, self.config)
+        attach_adapters(model, self._groups(arm), arm.adapter, adapter_dtype(arm, torch_dtype(arm.base_model)))
+
+        def fill(unit: nn.Module, name: str) -> None:
+            with dist.together(f"loading {name}"):
+                fill_unit(unit, name, self.checkpoint, device=self.device)
+            for module in [m for m in unit.modules() if isinstance(m, AdaptedLinear)]:
+                if null_space is None:
+                    module.fill(random_a(module, seed=arm.train.seed), None, device=self.device)
+                    continue
+                start = null_space.start(module.name, device=self.device)
+                module.fill(start.a, start.b, device=self.device)
+                if module.a_is_frozen:
+                    module.update_grams, module.references = start.update_grams, start.references
+
+        return Job(model=model, fill=fill, device=self.device)
+
+
+def random_a(module: AdaptedLinear, *, seed: int) -> Tensor:
+    """Plain LoRA's A, (r, d_in) uniform in ±1/√d_in (Kaiming with a = √5): the same on every rank and engine."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{module.name}".encode()))
+    bound = module.lora_A.shape[1] ** -0.5
+    return (torch.rand(module.lora_A.shape, generator=generator) * 2 - 1) * bound
+
+
+def export(
+    engine: Engine, arm: Recipe, folder: Path, report: dict[str, Any], *, texts: list[CalibrationTexts], evaluated: str
+) -> None:
+    """Gathers the adapter module by module and writes it in PEFT's format on the original base."""
+    dtype = torch_dtype(arm.base_model)
+    factors: dict[str, Factors] = {}
+    for name, module in adapted_linears(engine.model).items():
+        a, b = engine.gather(module.lora_A), engine.gather(module.lora_B)
+        a0 = a if module.start_A is None else engine.gather(module.start_A)
+        b0 = None if module.start_B is None else engine.gather(module.start_B)
+        if dist.is_main():
+            made = Factors(a, b) if b0 is None else residual_factors(a, b, a0, b0)
+            # The dtype the update was computed in: more digits would claim what no forward pass has seen.
+            factors[name] = Factors(made.lora_a.to(dtype), made.lora_b.to(dtype))
+    adapter, section = arm.adapter, arm.calibration
+    described = {t.name: {"sequences": len(t.calibration), "tokens": sum(map(len, t.calibration))} for t in texts}
+    card = {
+        "name": f"{arm.name} ({evaluated})",
+        "method": adapter.method,
+        "form": adapter.form,
+        "a_init": adapter.a_init if adapter.method == "lora_null" else "random",
+        "freeze_a": adapter.a_is_frozen,
+        "quantization": arm.base_model.quantization,
+        "sources": {n: described[n] | {"path": s.path, "weight": s.weight} for n, s in section.sources.items()},
+        "probes": {n: described[n] | {"path": s.path} for n, s in section.probes.items()},
+        "leak": report["leak"] if adapter.method == "lora_null" else None,
+        "interference": report["interference_by_arm"][evaluated],
+        "evaluation": {n: report["evaluation"][n] for n in ("base", evaluated)},
+    }
+    with dist.together("writing the adapter"):
+        if dist.is_main():
+            write_adapter(
+                folder,
+                factors,
+                scale=adapter.scale,
+                base_model=arm.base_model.path,
+                revision=arm.base_model.revision,
+                target_modules=adapter.target_modules,
+                card=card,
+            )
+
+
+def _fits(arm: Recipe, recipe: Recipe) -> bool:
+    """Whether a baseline starts from the null space that was computed for the recipe's own adapter."""
+    same = ("rank", "a_init", "form", "target_modules")
+    if arm.adapter.method != "lora_null":
+        return False
+    different = [key for key in same if getattr(arm.adapter, key) != getattr(recipe.adapter, key)]
+    if recipe.adapter.method != "lora_null" or different:
+        raise UserError(
+            f"evaluation.baselines: a lora_null baseline shares the recipe's null space, and its {different or 'method'} "
+            "differs; run it as a recipe of its own"
+        )
+    return True
+
+
+def _spectra(null_space: NullSpace | None) -> dict[str, Any]:
+    if null_space is None or not dist.is_main():
+        return {}
+    return {
+        group: spectrum_entry(null_space.tensors[f"{group}.spectrum"], null_space.manifest["settings"]["rank"])
+        | {"modules": entry["modules"]}
+        for group, entry in null_space.manifest["groups"].items()
+        if f"{group}.spectrum" in null_space.tensors
+    }
+
+
+def claim_folder(recipe: Recipe) -> None:
+    """Makes the run folder this recipe's own; another recipe's, or somebody's files, are left alone.
+
+    The engine may differ, for everything in the folder can move between engines.
+
+    Raises:
+        UserError: the folder holds something else; on every rank.
+    """
+    folder = Path(recipe.output_dir)
+    with dist.together("claiming the output folder"):
+        if not dist.is_main():
+            return
+        known = folder / "recipe.yaml"
+        if known.is_file():
+            theirs, ours = yaml.safe_load(known.read_text(encoding="utf-8")), yaml.safe_load(recipe.to_yaml())
+            different = sorted(_differences(theirs, ours))
+            if different:
+                raise UserError(
+                    f"output_dir {folder}: holds another recipe's run ({', '.join(different[:3])} differ); "
+                    "give output_dir=another/folder, or move that one away"
+                )
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"output_dir {folder}: holds files of no run; give output_dir=another/folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            artifacts.write_text(known, recipe.to_yaml())
+        except OSError as error:
+            raise UserError(f"output_dir {folder}: cannot be written ({error.strerror})") from error
+
+
+def _differences(theirs: Any, ours: Any, path: str = "") -> Iterator[str]:
+    if not isinstance(theirs, dict) or not isinstance(ours, dict):
+        if theirs != ours:
+            yield path
+        return
+    for key in theirs.keys() | ours.keys():
+        here = f"{path}.{key}" if path else str(key)
+        if here not in ("engine", "output_dir", "train.log_every"):
+            yield from _differences(theirs.get(key), ours.get(key), here)
+
+
+def run_training(recipe: Recipe, device: torch.device) -> None:
+    """``launch/train.py``: the whole way, and the table a person reads at its end."""
+    report = Run(recipe, device).train()
+    if dist.is_main():
+        print(summary_table(report))
+        print(written_paths(Path(recipe.output_dir)))
+
+
+def run_calibration(recipe: Recipe, device: torch.device) -> None:
+    """``launch/calibrate.py``: writes ``null_space/`` and stops."""
+    run = Run(recipe, device)
+    leak = run.null_space().leak()
+    if dist.is_main():
+        print(f"null space: {run.folder / 'null_space'}; leak {leak}")

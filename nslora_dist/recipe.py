@@ -1,0 +1,358 @@
+"""The recipe: one fine-tuning job as typed, frozen values.
+
+Every check that needs no weights lives here, so that a wrong recipe ends before anything is loaded.
+``recipe_file.py`` reads it from YAML.
+"""
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from nslora_dist.errors import UserError
+
+LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ARM_NAMES = {"lora_null": "null_space", "lora": "lora"}
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+Names = Annotated[
+    tuple[str, ...], Field(min_length=1), BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
+]
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys and wrong types are errors, and values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class BaseModelSection(Section):
+    """Which pre-trained model is adapted, and how its frozen weights are held."""
+
+    path: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    quantization: Literal["none", "nf4"] = "none"
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    trust_remote_code: bool = False
+
+
+class Texts(Section):
+    """A named set of plain texts: a hub dataset, or a local JSON, JSONL or Parquet file."""
+
+    path: str
+    subset: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+
+
+class Source(Texts):
+    """Texts whose activations shape the null space (METHODS.md §1d)."""
+
+    weight: Positive = 1.0
+
+
+class SolverSection(Section):
+    """How the r smallest eigenpairs of each Gram matrix are found, and on which ranks."""
+
+    method: Literal["eigh", "fast"] = "fast"
+    placement: Literal["rank0", "spread"] = "rank0"
+
+
+class CalibrationSection(Section):
+    """The streamed Gram pass over named sources, and probes that only measure."""
+
+    sources: Annotated[dict[str, Source], Field(min_length=1)]
+    probes: dict[str, Texts] = {}
+    samples: Annotated[int, Field(ge=2)] = 256
+    sequence_length: Count = 2048
+    batch_size: Count = 1
+    concatenate: bool = False  # join short rows, an end-of-sequence token after each, into sequences of full length
+    heldout_fraction: Fraction = 0.125
+    hidden_states: Literal["device", "host"] = "device"
+    seed: int = 0
+    solver: SolverSection = SolverSection()
+
+    @model_validator(mode="after")
+    def _names(self) -> "CalibrationSection":
+        both = sorted(set(self.sources) & set(self.probes))
+        if both:
+            raise ValueError(f"'{both[0]}' names a source and a probe; give the probe another name")
+        return self
+
+
+class AdapterSection(Section):
+    """The low-rank update ΔW = alpha/rank · B A of every target module.
+
+    ``lora_null`` in ``delta`` form trains B from zero on the untouched base with A frozen (METHODS.md §1a);
+    in ``residual`` form it is LoRA-Null v1 (``freeze_a: false``) or v2 (``freeze_a: true``) of the paper;
+    ``lora`` is plain LoRA, with ``freeze_a: true`` the frozen-random-A baseline.
+    """
+
+    method: Literal["lora_null", "lora"] = "lora_null"
+    form: Literal["delta", "residual"] = "delta"
+    rank: Count
+    alpha: Positive | None = None
+    target_modules: Names = LINEAR_TARGETS
+    freeze_a: bool | None = None
+    a_init: Literal["projected", "orthonormal"] = "projected"
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank; alpha defaults to the rank, which makes it 1."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def a_is_frozen(self) -> bool:
+        """Whether A stays as initialised: by default for lora_null, not for lora."""
+        return self.method == "lora_null" if self.freeze_a is None else self.freeze_a
+
+    @model_validator(mode="after")
+    def _form(self) -> "AdapterSection":
+        if self.method == "lora" and self.form == "residual":
+            raise ValueError("form 'residual' needs method 'lora_null'; plain LoRA starts at zero: use form: delta")
+        if self.method == "lora_null" and self.form == "delta" and self.freeze_a is False:
+            raise ValueError(
+                "the delta form equals LoRA-Null only while A is frozen: set freeze_a: true, or form: residual for v1"
+            )
+        if self.form == "residual" and self.a_init == "orthonormal":
+            raise ValueError("form 'residual' starts from B0 A0 = W U Uᵀ and needs a_init: projected")
+        return self
+
+
+class PromptSet(Section):
+    """Rows of a prompt and its response: a hub dataset, or a local JSON, JSONL or Parquet file."""
+
+    path: str
+    subset: str | None = None
+    split: str = "train"
+    prompt_field: str = "prompt"
+    response_field: str = "response"
+    samples: Count | None = None
+    template: str = "{prompt}"
+
+    @model_validator(mode="after")
+    def _template(self) -> "PromptSet":
+        if self.template.count("{prompt}") != 1:
+            raise ValueError("template must hold {prompt} exactly once; the response follows it directly")
+        return self
+
+
+class DataSection(PromptSet):
+    """What the adapter is trained on; the loss covers the response and the end-of-sequence token."""
+
+    max_length: Count = 512
+    packing: bool = False
+
+
+class TrainSection(Section):
+    """The optimisation: AdamW with decoupled weight decay, token-weighted loss."""
+
+    learning_rate: Positive
+    weight_decay: NonNegative = 0.0
+    betas: Annotated[
+        tuple[Fraction, Fraction], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
+    ] = (0.9, 0.999)
+    max_steps: Count | None = None
+    epochs: Positive | None = None
+    global_batch_size: Count = 128
+    micro_batch_size: Count = 1
+    warmup_ratio: Fraction = 0.03
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    max_grad_norm: Positive = 1.0
+    activation_checkpointing: bool = False
+    seed: int = 0
+    log_every: Count = 10
+
+    @model_validator(mode="after")
+    def _length(self) -> "TrainSection":
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of max_steps and epochs")
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is no multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches per rank and optimizer step.
+
+        Raises:
+            UserError: the global batch does not divide over the ranks.
+        """
+        per_pass = self.micro_batch_size * world_size
+        if self.global_batch_size % per_pass:
+            raise UserError(
+                f"train.global_batch_size {self.global_batch_size} is no multiple of micro_batch_size "
+                f"{self.micro_batch_size} x {world_size} ranks; "
+                f"use train.global_batch_size={-(-self.global_batch_size // per_pass) * per_pass}"
+            )
+        return self.global_batch_size // per_pass
+
+
+class EngineSection(Section):
+    """Who shards parameters, gradients and optimizer state."""
+
+    name: Literal["zero3", "fsdp2", "single"] = "zero3"
+    config: str | None = None
+
+
+class Baseline(Section):
+    """Another arm trained on the same data for comparison: overrides of ``adapter`` and ``train``."""
+
+    adapter: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+
+
+class EvaluationSection(Section):
+    """What is measured on the base and on every arm: greedy exact match on prompts with known responses."""
+
+    adaptation: PromptSet | None = None
+    retention: dict[str, PromptSet] = {}
+    batch_size: Count = 8
+    baselines: dict[str, Baseline] = {}
+
+
+class Recipe(Section):
+    """One job, whole: ``recipe → base model → Grams → null space → adapter → engine → trainer → evaluation``."""
+
+    name: str
+    base_model: BaseModelSection
+    calibration: CalibrationSection
+    adapter: AdapterSection
+    data: DataSection
+    train: TrainSection
+    engine: EngineSection = EngineSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    output_dir: str
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "Recipe":
+        base = self.base_model
+        if base.attention == "flash_attention_2" and base.dtype != "bfloat16":
+            raise ValueError("base_model.attention 'flash_attention_2' computes in 16 bits: set base_model.dtype: bfloat16")
+        if self.data.packing and base.attention == "eager":
+            raise ValueError(
+                "data.packing needs an attention that keeps packed samples apart without a dense mask: "
+                "set base_model.attention to sdpa or flash_attention_2"
+            )
+        if self.engine.name == "zero3" and self.engine.config is not None:
+            check_zero_config(self)
+        if self.engine.name != "zero3" and self.engine.config is not None:
+            raise ValueError(f"engine.config is a DeepSpeed file, and engine.name is '{self.engine.name}': leave it out")
+        for name in self.evaluation.baselines:
+            self.arm(name)
+        return self
+
+    @property
+    def arm_name(self) -> str:
+        """The key of this recipe's own adapter in ``report.json``'s ``evaluation``."""
+        return ARM_NAMES[self.adapter.method]
+
+    def arm(self, baseline: str) -> "Recipe":
+        """This recipe with a baseline's overrides in place, and no further baselines."""
+        changes = self.evaluation.baselines[baseline]
+        tree = self.model_dump(exclude={"evaluation": {"baselines"}})
+        tree["adapter"] |= changes.adapter
+        tree["train"] |= changes.train
+        try:
+            return Recipe.model_validate(tree)
+        except ValidationError as error:
+            raise ValueError(f"evaluation.baselines.{baseline}: {explain(error)}") from error
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default filled in."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def check_zero_config(recipe: Recipe) -> dict[str, Any]:
+    """Reads ``engine.config`` and refuses what contradicts the recipe.
+
+    Returns:
+        The DeepSpeed settings of the file.
+
+    Raises:
+        ValueError: no such file, no JSON object, another stage than 3, or a value that the recipe sets otherwise.
+    """
+    assert recipe.engine.config is not None
+    path = Path(recipe.engine.config)
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"engine.config {path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ValueError(f"engine.config {path}: not JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"engine.config {path}: must hold a JSON object")
+    bf16 = recipe.base_model.dtype == "bfloat16"
+    ours = {
+        "train_batch_size": recipe.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
+        "gradient_clipping": recipe.train.max_grad_norm,
+        "bf16.enabled": bf16,
+        "fp16.enabled": False,
+        "zero_optimization.stage": 3,
+    }
+    for key, wanted in ours.items():
+        value: Any = settings
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None and value != wanted:
+            raise ValueError(f"engine.config {path}: {key} is {value!r}, the recipe says {wanted!r}; take it out there")
+    for key in ("optimizer", "scheduler", "gradient_accumulation_steps"):
+        if key in settings:
+            raise ValueError(f"engine.config {path}: '{key}' is set by the recipe's train section; take it out there")
+    return settings
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """`` (did you mean 'x'?)`` where a known name is close, else nothing."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def _known_keys(location: Sequence[str | int]) -> list[str]:
+    """The keys allowed in the section that ``location``'s last part stands in."""
+    model: Any = Recipe
+    for part in location[:-1]:
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            model = model.model_fields[str(part)].annotation if part in model.model_fields else None
+        else:  # a mapping of named entries: its values' type
+            inner = [a for a in getattr(model, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)]
+            model = inner[0] if inner else None
+        for argument in getattr(model, "__args__", ()):  # Section | None
+            if isinstance(argument, type) and issubclass(argument, BaseModel) and type(None) in model.__args__:
+                model = argument
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def explain(error: ValidationError, *, origin: str = "", overridden: Sequence[str] = ()) -> str:
+    """The first thing wrong, in one line: which value, where it came from, what to do."""
+    first = error.errors()[0]
+    location = first["loc"]
+    key = ".".join(str(part) for part in location)
+    source = "on the command line" if any(key and (key == o or o.startswith(key)) for o in overridden) else origin
+    where = f" ({source})" if source else ""
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(location)
+        hint = nearest(str(location[-1]), known) or f"; known here: {', '.join(known)}"
+        return f"{key}: unknown key{hint}{where}"
+    if first["type"] == "missing":
+        return f"{key}: missing, and there is no default{where}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{key}: {message}{where}" if key else f"{message}{where}"
+    message = message[0].lower() + message[1:]
+    return f"{key}: {message}, got {_short(first['input'])}{where}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,90 @@
+"""Reads a recipe from YAML with ``section.key=value`` overrides.
+
+Relative paths written ``./x`` or ``../x`` count from the recipe's folder, on the command line from the working folder;
+any other name is a local path where one exists and a hub name otherwise.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from nslora_dist.errors import UserError
+from nslora_dist.recipe import Recipe, explain, nearest
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+PATH_KEYS = {"path", "config", "output_dir"}
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe by its name in ``recipes/`` or by its path, and applies ``section.key=value`` overrides.
+
+    Raises:
+        UserError: no such recipe, broken YAML, an unknown key, a wrong type or an impossible combination; the message
+            names the value, where it came from and what to do.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+        raise UserError(f"--recipe {name}: no such recipe{nearest(name, known)}; recipes/ has {', '.join(known)}")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader with another float rule)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a recipe is a mapping of sections, this is {type(tree).__name__}")
+    _resolve_paths(tree, path.resolve().parent)
+    tree.setdefault("name", path.stem)
+    tree.setdefault("output_dir", f"runs/{tree['name']}")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        keys = [o.split("=", 1)[0] for o in overrides]
+        raise UserError(explain(error, origin=str(path), overridden=keys)) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML reads ``1e-4`` as text, after YAML 1.1; people mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"), list("-+0123456789.")
+)
+
+
+def _resolve_paths(tree: Any, folder: Path) -> None:
+    """Makes ``./`` and ``../`` paths absolute in place, counted from ``folder``."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            tree[key] = _resolve_path(key, value, folder)
+            _resolve_paths(tree[key], folder)
+
+
+def _resolve_path(key: Any, value: Any, folder: Path) -> Any:
+    if key in PATH_KEYS and isinstance(value, str):
+        if value.startswith(("./", "../")):
+            return str((folder / value).resolve())
+        if value.startswith("~"):
+            return str(Path(value).expanduser())
+    return value
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise UserError(f"'{override}': an override is written section.key=value")
+    try:
+        value = yaml.load(text, _Loader)  # noqa: S506
+    except yaml.YAMLError as error:
+        raise UserError(f"'{override}': the value is not readable as YAML; put it in quotes") from error
+    for depth, part in enumerate(parts[:-1], start=1):
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"'{override}': {'.'.join(parts[:depth])} is a value, not a section")
+    tree[parts[-1]] = _resolve_path(parts[-1], value, Path.cwd())
