@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nslora_dist.linear import low_rank
+from nslora_dist.null_space import interference
 
 
 @dataclass
@@ -119,8 +120,7 @@ class AdaptedLinear(nn.Module):
         if self.start_B is not None:
             b = b - self.start_B.float()
         for name, gram in self.update_grams.items():
-            energy = self.scale**2 * ((b @ gram.to(b.device)) * b).sum()
-            self.interference[name] = (energy.clamp_min(0.0) / self.references[name]).sqrt()
+            self.interference[name] = interference(gram, self.scale * b, self.references[name])
 
     @torch.no_grad()
     def _observe(self, seen: Observation, x: Tensor, y: Tensor) -> None:

@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nslora_dist.errors import UserError
-from nslora_dist.recipe import BaseModelSection, nearest
+from nslora_dist.explain import nearest
+from nslora_dist.recipe import BaseModelSection
 
 
 class Checkpoint:

@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from nslora_dist.adapter import AdaptedLinear
 from nslora_dist.base_files import Checkpoint
 from nslora_dist.errors import UserError
+from nslora_dist.explain import nearest
 from nslora_dist.linear import frozen_linear
-from nslora_dist.recipe import AdapterSection, BaseModelSection, nearest
+from nslora_dist.recipe import AdapterSection, BaseModelSection
 
 NF4_BLOCK = 64
 

@@ -78,11 +78,14 @@ def broadcast(tensor: Tensor, *, source: int = 0) -> Tensor:
     return tensor
 
 
-def reduce_to(tensor: Tensor, *, owner: int) -> Tensor:
-    """Sums ``tensor`` over the ranks into ``owner``'s copy; the others' copies are undefined afterwards."""
-    if world_size() > 1:
-        dist.reduce(tensor, dst=owner)
-    return tensor
+def start_reduce_to(tensor: Tensor, *, owner: int) -> dist.Work | None:
+    """Starts summing ``tensor`` over the ranks into ``owner``'s copy.
+
+    Returns:
+        What to ``wait`` for before the tensor is read or freed; None where there is nothing to wait for. The other
+        ranks' copies are undefined afterwards.
+    """
+    return dist.reduce(tensor, dst=owner, async_op=True) if world_size() > 1 else None
 
 
 def share(value: object) -> object:

@@ -3,10 +3,9 @@
 Nothing of this project is needed to load it: PEFT, vLLM and merging tools read the folder as any other LoRA.
 """
 
-import importlib.metadata
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,23 +14,12 @@ import torch
 from torch import Tensor
 
 from nslora_dist.artifacts import load_tensors, read_json, replace_folder, save_tensors, write_text
+from nslora_dist.card import model_card
 from nslora_dist.errors import UserError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-ARM_LABELS = {"base": "base", "lora": "plain LoRA", "null_space": "null-space adapter"}
-METHODS = {
-    "lora_null": "LoRA-Null (arXiv 2503.02659): the update is confined to, or starts from, the directions that the "
-    "calibration activations hardly use",
-    "lora": "LoRA",
-}
-FORMS = {
-    "delta": "delta: A stays at its initial value and B - B0 is trained from zero on the untouched base",
-    "residual": "residual: trained on W - B0 A0 and exported exactly, as B A - B0 A0, at twice the rank",
-}
-
-
 @dataclass(frozen=True)
 class Factors:
     """One module's ΔW = scale · B A on the original base, before the scale.
@@ -124,7 +112,7 @@ def write_adapter(
         tensors[f"base_model.model.{module}.lora_A.weight"] = pair.lora_a
         tensors[f"base_model.model.{module}.lora_B.weight"] = pair.lora_b
     ranks = sorted({pair.rank for pair in factors.values()})
-    text = _model_card(folder, card, base_model=base_model, revision=revision, ranks=ranks, scale=scale)
+    text = model_card(folder, card, base_model=base_model, revision=revision, ranks=ranks, scale=scale)
     with replace_folder(folder) as partial:
         config.save_pretrained(str(partial))
         save_tensors(partial / WEIGHTS_FILE, tensors)
@@ -175,61 +163,6 @@ def module_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, the first column left-aligned and the others right-aligned."""
-    rule = [":--"] + ["--:"] * (len(header) - 1)
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in [header, rule, *rows]
-    )
-
-
-def percent(value: float | None) -> str:
-    """A share in 0..1 as ``97.5%``; "–" for what was not measured."""
-    return "–" if value is None else f"{100 * value:.1f}%"
-
-
-def number(value: float | None) -> str:
-    """Three significant digits; "–" for what was not measured."""
-    return "–" if value is None else f"{value:.3g}"
-
-
-def arm_label(arm: str) -> str:
-    """An evaluated arm's name as a person reads it."""
-    return ARM_LABELS.get(arm, arm.replace("_", " "))
-
-
-def ordered_arms(evaluation: Mapping[str, Any]) -> list[str]:
-    """The evaluated arms, the base first and the others as they were evaluated."""
-    return sorted(evaluation, key=lambda arm: arm != "base")
-
-
-def evaluation_table(evaluation: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of adaptation and retention, one row an arm, the base first; as in ``report.json``."""
-    kept = list(dict.fromkeys(name for arm in evaluation.values() for name in arm.get("retention_by") or {}))
-    header = ["", "task accuracy", "knowledge retention", *kept]
-    rows = []
-    for arm in ordered_arms(evaluation):
-        scores = evaluation[arm]
-        by_name = scores.get("retention_by") or {}
-        shares = [scores.get("adaptation"), scores.get("retention"), *(by_name.get(name) for name in kept)]
-        rows.append([arm_label(arm), *map(percent, shares)])
-    return header, rows
-
-
-def interference_tables(interference: Mapping[str, Any]) -> list[str]:
-    """Markdown tables of ‖ΔW X‖ / ‖W X‖: over all sources, by source, by probe; those that were measured."""
-    head = ["largest module", "mean over modules"]
-    tables = []
-    if interference.get("max") is not None:
-        overall = ["calibration mixture", number(interference["max"]), number(interference.get("mean"))]
-        tables.append(markdown_table(["", *head], [overall]))
-    for kind in ("source", "probe"):
-        if by_name := interference.get(f"by_{kind}"):
-            rows = [[name, number(value.get("max")), number(value.get("mean"))] for name, value in by_name.items()]
-            tables.append(markdown_table([kind, *head], rows))
-    return tables
-
-
 def _alpha(scale: float, rank: int) -> float:
     alpha = scale * rank
     return int(alpha) if float(alpha).is_integer() else alpha  # PEFT's own files hold whole numbers as integers
@@ -264,101 +197,3 @@ def _check_targets(factors: Mapping[str, Factors], target_modules: Sequence[str]
         unused -= fitting
     if unused:
         raise ValueError(f"target module '{min(unused)}' has no factors; PEFT would start it at random")
-
-
-def _model_card(
-    folder: Path, card: Mapping[str, Any], *, base_model: str, revision: str | None, ranks: list[int], scale: float
-) -> str:
-    from huggingface_hub import ModelCard, ModelCardData
-
-    null_space = card.get("method", "lora_null") == "lora_null"
-    data = ModelCardData(
-        # The hub refuses a card whose base is a folder on somebody's disk; the text names it all the same.
-        base_model=None if Path(base_model).exists() else base_model,
-        library_name="peft",
-        pipeline_tag="text-generation",
-        tags=["lora", *(["lora-null", "null-space"] if null_space else []), "nslora_dist"],
-    )
-    return str(
-        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_card_text(folder, card, base_model, revision, ranks, scale)}")
-    )
-
-
-def _card_text(
-    folder: Path, card: Mapping[str, Any], base_model: str, revision: str | None, ranks: list[int], scale: float
-) -> str:
-    """The card's body in Markdown: only what was measured or set has a section."""
-    name = card.get("name") or folder.name
-    spread = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    at = f" at revision `{revision}`" if revision else ""
-    facts = [
-        ("method", METHODS.get(card.get("method", ""), card.get("method"))),
-        ("form", None if card.get("method") == "lora" else FORMS.get(card.get("form", ""), card.get("form"))),
-        ("initial A", card.get("a_init")),
-        ("A frozen", None if card.get("freeze_a") is None else ("yes" if card["freeze_a"] else "no")),
-        ("rank", spread),
-        ("scale (alpha / rank)", f"{scale:g}"),
-        ("base quantization in training", card.get("quantization")),
-    ]
-    argument = f', revision="{revision}"' if revision else ""
-    loading = [
-        "```python",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        f'base = AutoModelForCausalLM.from_pretrained("{base_model}"{argument}, dtype="auto")',
-        f'model = PeftModel.from_pretrained(base, "{folder}")',
-        "```",
-    ]
-    parts = [
-        f"# {name}",
-        f"A LoRA adapter for `{base_model}`{at}, to be used on that base as it is.",
-        "\n".join(f"- {key}: {value}" for key, value in facts if value is not None),
-        "## Loading",
-        "\n".join(loading),
-    ]
-    texts = [(kind, card.get(f"{kind}s") or {}) for kind in ("source", "probe")]
-    if any(named for _, named in texts):
-        rows = [
-            [
-                name,
-                kind,
-                *(str(entry[key]) if key in entry else "–" for key in ("path", "sequences", "tokens", "weight")),
-            ]
-            for kind, named in texts
-            for name, entry in named.items()
-        ]
-        parts += [
-            "## Calibration",
-            "Sources shaped the null space; probes were only measured. What was not calibrated on is not protected.",
-            markdown_table(["name", "kind", "path", "sequences", "tokens", "weight"], rows),
-        ]
-    if leak := card.get("leak"):
-        shown = {"calibration": "calibration texts", "heldout": "held-out texts", "random": "a random basis"}
-        rows = [[label, number(leak.get(key))] for key, label in shown.items()]
-        parts += [
-            "## Leak",
-            "Share of the activations' energy that lies in the chosen null space: 0 would be a true null space.",
-            markdown_table(["measured on", "leak"], rows),
-        ]
-    if tables := interference_tables(card.get("interference") or {}):
-        parts += [
-            "## Interference",
-            "‖ΔW X‖ / ‖W X‖: how far the adapter moves what each layer did on a text.",
-            *tables,
-        ]
-    if evaluation := card.get("evaluation"):
-        parts += ["## Evaluation", markdown_table(*evaluation_table(evaluation))]
-    versions = card.get("versions") or _versions()
-    parts += ["## Versions", "\n".join(f"- {package} {version}" for package, version in versions.items())]
-    return "\n\n".join(parts) + "\n"
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("nslora_dist", "torch", "transformers", "peft"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # run from a clone, not installed
-            continue
-    return found

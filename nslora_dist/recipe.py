@@ -4,9 +4,7 @@ Every check that needs no weights lives here, so that a wrong recipe ends before
 ``recipe_file.py`` reads it from YAML.
 """
 
-import difflib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +12,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from nslora_dist.errors import UserError
+from nslora_dist.explain import explain
 
 LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ARM_NAMES = {"lora_null": "null_space", "lora": "lora"}
@@ -34,10 +33,14 @@ class Section(BaseModel):
 
 
 class BaseModelSection(Section):
-    """Which pre-trained model is adapted, and how its frozen weights are held."""
+    """Which pre-trained model is adapted, and how its frozen weights are held.
+
+    ``config`` is a folder with the model's ``config.json``, for dry runs and planning without its checkpoint at hand.
+    """
 
     path: str
     revision: str | None = None
+    config: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     quantization: Literal["none", "nf4"] = "none"
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
@@ -265,7 +268,7 @@ class Recipe(Section):
         try:
             return Recipe.model_validate(tree)
         except ValidationError as error:
-            raise ValueError(f"evaluation.baselines.{baseline}: {explain(error)}") from error
+            raise ValueError(f"evaluation.baselines.{baseline}: {explain(error, Recipe)}") from error
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default filled in."""
@@ -310,49 +313,3 @@ def check_zero_config(recipe: Recipe) -> dict[str, Any]:
         if key in settings:
             raise ValueError(f"engine.config {path}: '{key}' is set by the recipe's train section; take it out there")
     return settings
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """`` (did you mean 'x'?)`` where a known name is close, else nothing."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" (did you mean '{close[0]}'?)" if close else ""
-
-
-def _known_keys(location: Sequence[str | int]) -> list[str]:
-    """The keys allowed in the section that ``location``'s last part stands in."""
-    model: Any = Recipe
-    for part in location[:-1]:
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            model = model.model_fields[str(part)].annotation if part in model.model_fields else None
-        else:  # a mapping of named entries: its values' type
-            inner = [a for a in getattr(model, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)]
-            model = inner[0] if inner else None
-        for argument in getattr(model, "__args__", ()):  # Section | None
-            if isinstance(argument, type) and issubclass(argument, BaseModel) and type(None) in model.__args__:
-                model = argument
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
-
-
-def explain(error: ValidationError, *, origin: str = "", overridden: Sequence[str] = ()) -> str:
-    """The first thing wrong, in one line: which value, where it came from, what to do."""
-    first = error.errors()[0]
-    location = first["loc"]
-    key = ".".join(str(part) for part in location)
-    source = "on the command line" if any(key and (key == o or o.startswith(key)) for o in overridden) else origin
-    where = f" ({source})" if source else ""
-    if first["type"] == "extra_forbidden":
-        known = _known_keys(location)
-        hint = nearest(str(location[-1]), known) or f"; known here: {', '.join(known)}"
-        return f"{key}: unknown key{hint}{where}"
-    if first["type"] == "missing":
-        return f"{key}: missing, and there is no default{where}"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return f"{key}: {message}{where}" if key else f"{message}{where}"
-    message = message[0].lower() + message[1:]
-    return f"{key}: {message}, got {_short(first['input'])}{where}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

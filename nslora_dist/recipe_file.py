@@ -13,7 +13,8 @@ import yaml
 from pydantic import ValidationError
 
 from nslora_dist.errors import UserError
-from nslora_dist.recipe import Recipe, explain, nearest
+from nslora_dist.explain import explain, nearest
+from nslora_dist.recipe import Recipe
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 PATH_KEYS = {"path", "config", "output_dir"}
@@ -45,7 +46,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         keys = [o.split("=", 1)[0] for o in overrides]
-        raise UserError(explain(error, origin=str(path), overridden=keys)) from error
+        raise UserError(explain(error, Recipe, origin=str(path), overridden=keys)) from error
 
 
 class _Loader(yaml.SafeLoader):

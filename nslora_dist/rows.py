@@ -8,15 +8,20 @@ from typing import Any, TypeVar
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Value, load_dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nslora_dist import dist
 from nslora_dist.errors import UserError
-from nslora_dist.recipe import BaseModelSection, PromptSet, Texts, nearest
+from nslora_dist.explain import nearest
+from nslora_dist.recipe import BaseModelSection, PromptSet, Texts
 
 log = logging.getLogger("nslora_dist")
+
+# Reading a local file would report its use to the hub: seconds of waiting per file where there is no network.
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 
@@ -172,6 +177,10 @@ def _check_text(rows: Dataset, field: str, *, where: str) -> None:
     if isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view"):
         column = rows.with_format("arrow")[:][field]
         index = pc.index(pc.is_null(column), True).as_py() if column.null_count else -1
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as error:  # the JSON reader lets other encodings through, up to the first access
+            raise UserError(f"{where}: field '{field}' is not UTF-8 throughout; convert the file to UTF-8") from error
     else:
         index = next((i for i, row in enumerate(rows) if not isinstance(row[field], str)), -1)
     if index < 0:

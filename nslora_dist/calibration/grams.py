@@ -109,12 +109,12 @@ class Collector:
         self.mask = None if batch.attention_mask is None else batch.attention_mask.bool()
 
     @contextmanager
-    def attached(self, model: nn.Module) -> Iterator[None]:
-        """Hooks onto the groups' modules, found in ``model`` by name, while open."""
+    def attached(self, model: nn.Module, *, prefix: str = "") -> Iterator[None]:
+        """Hooks onto the groups' modules, found by name in ``model``, or in its part named ``prefix``, while open."""
         hooks = []
         for group in self.groups:
             for position, shape in enumerate(group.modules):
-                module = model.get_submodule(shape.name)
+                module = model.get_submodule(shape.name.removeprefix(f"{prefix}.") if prefix else shape.name)
                 hooks.append(module.register_forward_hook(self._hook(group.name, shape.name, position == 0)))
         try:
             yield

@@ -1,11 +1,18 @@
-"""From texts and checkpoint to the null space, block by block (METHODS.md §1.1 to §1.3, §1c, §1d)."""
+"""From texts and checkpoint to the null space, block by block (METHODS.md §1.1 to §1.3, §1c, §1d).
+
+While a block's Grams are solved on their owners, in a thread without collectives, the next block is read and its
+sequences run; only then are the bases sent round and the held-out texts and probes measured in them. Two blocks'
+weights are in memory, one block's Grams, and the hidden states, whatever the depth.
+"""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -13,17 +20,28 @@ from nslora_dist import dist
 from nslora_dist.base_files import Checkpoint
 from nslora_dist.base_model import FrozenLinear, InputGroup
 from nslora_dist.calibration.grams import Collector, GroupSums
+from nslora_dist.calibration.solve import Solution, solve_group
 from nslora_dist.calibration.store import MIXTURE, NullSpace
 from nslora_dist.calibration.stream import BlockStream, Texts
 from nslora_dist.calibration_data import CalibrationTexts, text_batches
 from nslora_dist.errors import UserError
-from nslora_dist.null_space import leak, null_basis, projected_init, random_leak
+from nslora_dist.null_space import pack_triangle, unpack_triangle
 from nslora_dist.recipe import AdapterSection, CalibrationSection
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("nslora_dist")
 
-SPECTRUM_WIDTH = 2048
-"""Up to this width the whole spectrum is computed for the report's plot; it costs one more eigenvalue solve."""
+Sums = dict[str, GroupSums]
+
+
+@dataclass
+class Pending:
+    """A block whose Grams are being solved: what is still needed of it."""
+
+    number: int
+    groups: list[InputGroup]
+    sums: dict[str, Sums]
+    solutions: "Future[dict[str, Solution]]"
+    owners: dict[str, int]
 
 
 class Calibration:
@@ -63,21 +81,27 @@ class Calibration:
         Raises:
             UserError: an activation is not finite; on every rank, naming module and sample.
         """
-        sources = [self._deal(t.name, t.calibration) for t in texts if t.weight is not None]
-        heldout = [self._deal(t.name, t.heldout) for t in texts if t.weight is not None and t.heldout]
-        probes = [self._deal(t.name, t.calibration) for t in texts if t.weight is None]
         self.weights = {t.name: t.weight for t in texts if t.weight is not None}
-        self.stream.embed([*sources, *heldout, *probes])
-        numbers: Iterable[int] = range(len(self.stream.blocks))
-        for number in tqdm(numbers, desc="calibration", unit="block", disable=not dist.is_main()):
-            groups = self._of_block(number)
-            with self.stream.block(number):
-                sums = {text.name: self._pass(text, groups, {}) for text in sources}
-                bases = {group.name: self._solve(group, sums) for group in groups}
-                held = {text.name: self._pass(text, groups, bases) for text in heldout}
-                probed = {text.name: self._pass(text, groups, bases) for text in probes}
-                for group in groups:
-                    self._record(group, bases[group.name], sums, held, probed)
+        sources = [self._deal(t.name, t.calibration) for t in texts if t.weight is not None]
+        self.heldout = [self._deal(t.name, t.heldout) for t in texts if t.weight is not None and t.heldout]
+        self.probes = [self._deal(t.name, t.calibration) for t in texts if t.weight is None]
+        self.stream.embed([*sources, *self.heldout, *self.probes])
+        pending: Pending | None = None
+        bar = tqdm(range(len(self.stream.blocks)), desc="calibration", unit="block", disable=not dist.is_main())
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="solver") as thread:
+            for number in bar:
+                with dist.together(f"loading block {number}"):
+                    self.stream.load(number)
+                groups = self._of_block(number)
+                owners = {group.name: self._owner(group) for group in groups}
+                sums, grams = self._sources(number, sources, groups, owners)
+                if pending is not None:
+                    self._finish(pending)
+                mine = [group for group in groups if owners[group.name] == dist.rank()]
+                future = thread.submit(self._solve, number, mine, grams, sums)
+                pending = Pending(number, groups, sums, future, owners)
+            if pending is not None:
+                self._finish(pending)
         tokens = {text.name: sum(len(s) for s in (*text.calibration, *text.heldout)) for text in texts}
         manifest = {
             "settings": {"rank": self.adapter.rank, "a_init": self.adapter.a_init, "form": self.adapter.form},
@@ -97,14 +121,53 @@ class Calibration:
         prefix = self.stream.blocks[number][0] + "."
         return [group for group in self.groups if group.name.startswith(prefix)]
 
-    def _pass(
-        self, texts: Texts, groups: Sequence[InputGroup], bases: dict[str, Tensor]
-    ) -> dict[str, GroupSums]:
-        """One set of texts through the current block; energies are summed over ranks, Grams stay this rank's."""
+    def _owner(self, group: InputGroup) -> int:
+        """Who solves: rank 0, or the rank with the least work so far (a solve costs d³)."""
+        if self.section.solver.placement == "rank0":
+            return 0
+        owner = min(range(len(self.loads)), key=self.loads.__getitem__)
+        self.loads[owner] += float(group.in_features) ** 3
+        return owner
+
+    def _sources(
+        self, number: int, sources: Sequence[Texts], groups: Sequence[InputGroup], owners: dict[str, int]
+    ) -> tuple[dict[str, Sums], dict[str, dict[str, Tensor]]]:
+        """All sources through the block, each one's Grams reduced to their owners behind the next one's forward pass.
+
+        Returns:
+            The sums by source, without Grams, and the owned groups' Grams by group and source.
+        """
+        sums: dict[str, Sums] = {}
+        grams: dict[str, dict[str, Tensor]] = {g.name: {} for g in groups if owners[g.name] == dist.rank()}
+        under_way: list[tuple[InputGroup, str, Tensor, Any]] = []
+        for text in sources:
+            sums[text.name] = self._pass(number, text, groups, {})
+            self._receive(under_way, grams)
+            for group in groups:
+                total = sums[text.name][group.name]
+                assert total.gram is not None
+                # Triangles travel: half the bytes, and the full Gram is freed before the wire is waited for.
+                sent = total.gram if dist.world_size() == 1 else pack_triangle(total.gram)
+                total.gram = None
+                under_way.append((group, text.name, sent, dist.start_reduce_to(sent, owner=owners[group.name])))
+        self._receive(under_way, grams)
+        return sums, grams
+
+    def _receive(
+        self, under_way: list[tuple[InputGroup, str, Tensor, Any]], grams: dict[str, dict[str, Tensor]]
+    ) -> None:
+        for group, source, sent, work in under_way:
+            if work is not None:
+                work.wait()
+            if group.name in grams:
+                whole = sent if dist.world_size() == 1 else unpack_triangle(sent)
+                grams[group.name][source] = whole
+        under_way.clear()
+
+    def _pass(self, number: int, texts: Texts, groups: Sequence[InputGroup], bases: dict[str, Tensor]) -> Sums:
+        """One set of texts through a block; energies are summed over ranks, Grams stay this rank's."""
         sums = {g.name: GroupSums(g, basis=bases.get(g.name), device=self.device) for g in groups}
-        collector = Collector(groups, sums)
-        with collector.attached(self.model):
-            self.stream.run(texts, collector)
+        self.stream.run(number, texts, Collector(groups, sums))
         self._check_finite(texts, sums)
         for total in sums.values():
             total.finish()
@@ -113,7 +176,7 @@ class Calibration:
             total.outputs = dict(zip(total.outputs, scalars[1:], strict=True))
         return sums
 
-    def _check_finite(self, texts: Texts, sums: dict[str, GroupSums]) -> None:
+    def _check_finite(self, texts: Texts, sums: Sums) -> None:
         with dist.together("calibration"):
             for name, total in sums.items():
                 batch = int(total.first_bad)
@@ -125,131 +188,115 @@ class Calibration:
                         "base_model.dtype=float32"
                     )
 
-    def _solve(self, group: InputGroup, sums: dict[str, dict[str, GroupSums]]) -> Tensor:
-        """The null basis of one group on every rank: mix, reduce to the owner, solve there, broadcast.
-
-        The mixture is formed from local sums and summed over ranks, so the wire carries one Gram whatever the number
-        of sources.
-        """
-        owner = self._owner(group)
-        shares = self._shares(group, sums)
-        mixed = torch.zeros_like(next(iter(sums.values()))[group.name].gram)
-        for name, share in shares.items():
-            mixed.add_(sums[name][group.name].gram, alpha=share)
-        dist.reduce_to(mixed, owner=owner)
-        rank, width = self.adapter.rank, group.in_features
-        basis = torch.empty(width, rank, dtype=torch.float32, device=self.device)
-        facts = torch.zeros(3 + rank, dtype=torch.float64, device=self.device)
-        spectrum = torch.zeros(width, dtype=torch.float64, device=self.device) if width <= SPECTRUM_WIDTH else None
-        with dist.together(f"solving {group.name}"):
-            if dist.rank() == owner:
-                found = null_basis(mixed, rank=rank, method=self.section.solver.method)
-                basis = found.basis.float().contiguous()
-                facts[0] = leak(mixed, basis)
-                facts[1] = random_leak(mixed, rank=rank, seed=self.section.seed)
-                facts[2] = float("fallback" in found.method)
-                facts[3:] = found.eigenvalues
-                if spectrum is not None:
-                    spectrum = torch.linalg.eigvalsh(mixed.double())
-        del mixed
-        dist.broadcast(basis, source=owner)
-        dist.broadcast(facts, source=owner)
-        self._keep(f"{group.name}.basis", basis)
-        self._keep(f"{group.name}.eigenvalues", facts[3:].float())
-        if spectrum is not None:
-            self._keep(f"{group.name}.spectrum", dist.broadcast(spectrum, source=owner).float())
-        self.group_entries[group.name] = {
-            "modules": [module.name for module in group.modules],
-            "in_features": width,
-            "fell_back_to_eigh": bool(facts[2]),
-            "leak": {"calibration": float(facts[0]), "heldout": None, "random": float(facts[1])},
-        }
-        self._start(group, basis, owner)
-        return basis
-
-    def _owner(self, group: InputGroup) -> int:
-        """Who solves: rank 0, or the rank with the least work so far (a solve costs d³)."""
-        if self.section.solver.placement == "rank0":
-            return 0
-        owner = min(range(len(self.loads)), key=self.loads.__getitem__)
-        self.loads[owner] += float(group.in_features) ** 3
-        return owner
-
-    def _shares(self, group: InputGroup, sums: dict[str, dict[str, GroupSums]]) -> dict[str, float]:
-        """w_s / Σw · mean trace / tr(G_s): what one unit of source s counts in the mixture (METHODS.md §1d)."""
+    def _traces(self, group: InputGroup, sums: dict[str, Sums]) -> dict[str, float]:
+        """tr(G_s) = Σ‖x‖² of every source, over all ranks."""
         traces = {name: float(total[group.name].energy) for name, total in sums.items()}
         if min(traces.values()) <= 0.0:
             silent = min(traces, key=traces.__getitem__)
             raise UserError(f"calibration.sources.{silent}: every input of {group.name} is zero; check its texts")
-        mean, whole = sum(traces.values()) / len(traces), sum(self.weights.values())
-        return {name: self.weights[name] / whole * mean / trace for name, trace in traces.items()}
+        return traces
 
-    def _start(self, group: InputGroup, basis: Tensor, owner: int) -> None:
-        """A₀ (as r × r in the basis) and B₀ of each module, from its weight on the group's owner."""
-        rank, residual = self.adapter.rank, self.adapter.form == "residual"
-        mixed = self.adapter.a_init == "projected"
-        for shape in group.modules:
-            if mixed:
-                mix = torch.empty(rank, rank, dtype=torch.float32, device=self.device)
-                b = torch.empty(shape.out_features if residual else 0, rank, dtype=torch.float32, device=self.device)
-                if dist.rank() == owner:
-                    module = self.model.get_submodule(shape.name)
-                    assert isinstance(module, FrozenLinear)
-                    a0, b0 = projected_init(module.dense(module.weight), basis)
-                    mix = (a0.double() @ basis.double()).float()
-                    b = b0.contiguous() if residual else b
-                self._keep(f"{shape.name}.mix", dist.broadcast(mix, source=owner))
-                if residual:
-                    self._keep(f"{shape.name}.start_B", dist.broadcast(b, source=owner))
+    def _mixed(self, values: dict[str, float], traces: dict[str, float]) -> float:
+        """A quadratic sum of the mixture from those of its sources, as ``mix_grams`` weighs them (METHODS.md §1d)."""
+        mean, whole = sum(traces.values()) / len(traces), sum(self.weights.values())
+        return sum(self.weights[name] / whole * mean / traces[name] * value for name, value in values.items())
+
+    def _solve(
+        self, number: int, groups: Sequence[InputGroup], grams: dict[str, dict[str, Tensor]], sums: dict[str, Sums]
+    ) -> dict[str, Solution]:
+        """The owned groups, one after the other, each one's Grams freed behind it; runs in the solver thread."""
+        name, block = self.stream.blocks[number]  # not through the model, whose layers the main thread swaps
+        solutions = {}
+        for group in groups:
+            weights = {s.name: _dense(block.get_submodule(s.name.removeprefix(f"{name}."))) for s in group.modules}
+            solutions[group.name] = solve_group(
+                grams.pop(group.name),
+                weights,
+                source_weights=self.weights,
+                traces=self._traces(group, sums),
+                adapter=self.adapter,
+                section=self.section,
+            )
+        return solutions
+
+    def _finish(self, pending: Pending) -> None:
+        """Sends the solutions round, measures held-out texts and probes in the new bases, and frees the block."""
+        found: dict[str, Solution] = {}
+        with dist.together(f"solving block {pending.number}"):
+            found = pending.solutions.result()
+        for group in pending.groups:
+            if group.name not in found:
+                found[group.name] = Solution.empty(
+                    group.in_features,
+                    {shape.name: shape.out_features for shape in group.modules},
+                    sources=len(pending.sums),
+                    adapter=self.adapter,
+                    device=self.device,
+                )
+            for tensor in found[group.name].tensors():
+                if tensor.numel():
+                    dist.broadcast(tensor, source=pending.owners[group.name])
+            self._record(group, found[group.name], pending.sums)
+        bases = {name: solution.basis for name, solution in found.items()}
+        held = {text.name: self._pass(pending.number, text, pending.groups, bases) for text in self.heldout}
+        probed = {text.name: self._pass(pending.number, text, pending.groups, bases) for text in self.probes}
+        self.stream.release(pending.number)
+        for group in pending.groups:
+            self._record_measured(group, held, probed)
+
+    def _record(self, group: InputGroup, solution: Solution, sums: dict[str, Sums]) -> None:
+        """Puts what the owner found, and the sources' energies, into the artifact."""
+        self._keep(f"{group.name}.basis", solution.basis)
+        self._keep(f"{group.name}.eigenvalues", solution.facts[3:])
+        if solution.spectrum.numel():
+            self._keep(f"{group.name}.spectrum", solution.spectrum)
+        for number, name in enumerate((*sums, MIXTURE)):
+            self._keep(f"{group.name}.update_gram.{name}", solution.update_grams[number])
+        for name, b in solution.start_b.items():
+            self._keep(f"{name}.start_B", b)
+        leaks, traces = solution.facts[:3].tolist(), self._traces(group, sums)
+        self.group_entries[group.name] = {
+            "modules": [shape.name for shape in group.modules],
+            "in_features": group.in_features,
+            "fell_back_to_eigh": bool(leaks[2]),
+            "leak": {"calibration": leaks[0], "heldout": None, "random": leaks[1]},
+        }
+        for number, shape in enumerate(group.modules):
+            if len(solution.mixes):
+                self._keep(f"{shape.name}.mix", solution.mixes[number])
+            references = {name: float(total[group.name].outputs[shape.name]) for name, total in sums.items()}
+            references[MIXTURE] = self._mixed(references, traces)
             self.module_entries[shape.name] = {
                 "group": group.name,
                 "out_features": shape.out_features,
-                "mixed": mixed,
-                "has_start_b": residual,
-                "references": {},
+                "mixed": bool(len(solution.mixes)),
+                "has_start_b": shape.name in solution.start_b,
+                "references": references,
             }
 
-    def _record(
-        self,
-        group: InputGroup,
-        basis: Tensor,
-        sums: dict[str, dict[str, GroupSums]],
-        held: dict[str, dict[str, GroupSums]],
-        probed: dict[str, dict[str, GroupSums]],
-    ) -> None:
-        """Small Grams and output energies per source and probe, their mixture, and the held-out leak."""
-        shares = self._shares(group, sums)
-        mixture = torch.zeros(basis.shape[1], basis.shape[1], dtype=torch.float32, device=self.device)
-        for name, total in (*sums.items(), *probed.items()):
-            found = total[group.name]
-            if found.gram is not None:
-                small = basis.T @ (found.gram @ basis)
-                found.gram = None
-            else:
-                assert found.update_gram is not None
-                small = found.update_gram
-            dist.all_reduce(small)
-            if name in shares:
-                mixture.add_(small, alpha=shares[name])
-            self._keep(f"{group.name}.update_gram.{name}", small)
-            for module, energy in found.outputs.items():
+    def _record_measured(self, group: InputGroup, held: dict[str, Sums], probed: dict[str, Sums]) -> None:
+        """Puts the probes' small Grams and energies, and the held-out leak, into the artifact."""
+        for name, total in probed.items():
+            small = total[group.name].update_gram
+            assert small is not None
+            self._keep(f"{group.name}.update_gram.{name}", dist.all_reduce(small))
+            for module, energy in total[group.name].outputs.items():
                 self.module_entries[module]["references"][name] = float(energy)
-        self._keep(f"{group.name}.update_gram.{MIXTURE}", mixture)
-        for shape in group.modules:
-            references = self.module_entries[shape.name]["references"]
-            references[MIXTURE] = sum(share * references[name] for name, share in shares.items())
-        if held:
-            leaks = {}
-            for name, total in held.items():
-                small = total[group.name].update_gram
-                assert small is not None
-                leaks[name] = float(dist.all_reduce(small.diagonal().sum()) / total[group.name].energy)
+        leaks = {}
+        for name, total in held.items():
+            small = total[group.name].update_gram
+            assert small is not None
+            leaks[name] = float(dist.all_reduce(small.diagonal().sum()) / total[group.name].energy)
+        if leaks:
             whole = sum(self.weights[name] for name in leaks)
             mean = sum(self.weights[name] * value for name, value in leaks.items()) / whole
             self.group_entries[group.name]["leak"]["heldout"] = mean
 
     def _keep(self, name: str, value: Tensor) -> None:
         if dist.is_main():
-            self.tensors[name] = value.to("cpu", torch.float32).contiguous()
+            self.tensors[name] = value.to("cpu", torch.float32).contiguous().clone()
 
 
+def _dense(module: torch.nn.Module) -> Tensor:
+    assert isinstance(module, FrozenLinear)
+    return module.dense(module.weight)

@@ -1,7 +1,6 @@
 """One decoder block at a time: its weights are read once, all of the rank's sequences go through it, it is released."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -15,7 +14,7 @@ from nslora_dist.data import Batch
 
 
 class Texts:
-    """This rank's batches of one source or probe, and their hidden states before the current block."""
+    """This rank's batches of one source or probe, and their hidden states before the next block they go through."""
 
     def __init__(self, name: str, batches: Sequence[Batch], *, device: torch.device, keep: torch.device) -> None:
         """Batches of token ids; ``keep`` is where hidden states wait between blocks."""
@@ -26,7 +25,7 @@ class Texts:
 
 
 class BlockStream:
-    """Runs texts through a checkpoint's blocks in order, with one block's weights in memory.
+    """Runs texts through a checkpoint's blocks in order, with only the loaded blocks' weights in memory.
 
     The model's own forward code makes masks and rotary embeddings: it is called on ready hidden states with every
     other block passed over, so sliding windows, head layouts and the like need no table here.
@@ -35,7 +34,7 @@ class BlockStream:
     def __init__(
         self, model: PreTrainedModel, checkpoint: Checkpoint, *, device: torch.device, place: Literal["device", "host"]
     ) -> None:
-        """``model`` is empty (on the meta device) and stays so but for what is in use."""
+        """``model`` is empty (on the meta device) and stays so but for what is loaded."""
         self.model = model
         self.checkpoint = checkpoint
         self.device = device
@@ -53,28 +52,30 @@ class BlockStream:
             text.hidden = [embedding(batch.input_ids).to(self.keep) for batch in text.batches]
         empty_unit(embedding)
 
-    @contextmanager
-    def block(self, number: int) -> Iterator[nn.Module]:
-        """Block ``number`` with its weights on the device."""
+    def load(self, number: int) -> None:
+        """Reads block ``number`` onto the device."""
         name, block = self.blocks[number]
         fill_unit(block, name, self.checkpoint, device=self.device)
-        self.model.model.layers = nn.ModuleList(
-            block if position == number else PassThrough() for position in range(len(self.blocks))
-        )
-        try:
-            yield block
-        finally:
-            self.model.model.layers = nn.ModuleList(module for _, module in self.blocks)
-            empty_unit(block)
+
+    def release(self, number: int) -> None:
+        """Frees block ``number``."""
+        empty_unit(self.blocks[number][1])
 
     @torch.no_grad()
-    def run(self, texts: Texts, collector: Collector) -> None:
-        """All batches of ``texts`` through the current block, their hidden states replaced by its output."""
-        for number, batch in enumerate(texts.batches):
-            collector.start_batch(number, batch)
-            texts.hidden[number] = self.model.model(
-                inputs_embeds=texts.hidden[number].to(self.device),
-                attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids,
-                use_cache=False,
-            ).last_hidden_state.to(self.keep)
+    def run(self, number: int, texts: Texts, collector: Collector) -> None:
+        """All batches of ``texts`` through block ``number``, their hidden states replaced by its output."""
+        name, block = self.blocks[number]
+        inner = self.model.model
+        inner.layers = nn.ModuleList(block if n == number else PassThrough() for n in range(len(self.blocks)))
+        try:
+            with collector.attached(block, prefix=name):
+                for position, batch in enumerate(texts.batches):
+                    collector.start_batch(position, batch)
+                    texts.hidden[position] = inner(
+                        inputs_embeds=texts.hidden[position].to(self.device),
+                        attention_mask=batch.attention_mask,
+                        position_ids=batch.position_ids,
+                        use_cache=False,
+                    ).last_hidden_state.to(self.keep)
+        finally:
+            inner.layers = nn.ModuleList(module for _, module in self.blocks)

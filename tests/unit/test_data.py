@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from test_data_tools import (
@@ -10,6 +9,7 @@ from test_data_tools import (
     bpe,
     data_section,
     llama_sentencepiece,
+    offline,
     samples_of,
     train_section,
     write_jsonl,
@@ -23,10 +23,7 @@ from nslora_dist.data import TrainingData, evaluation_batches
 from nslora_dist.errors import UserError
 from nslora_dist.recipe import PromptSet
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+__all__ = ["offline"]  # a fixture for every test here
 
 
 def all_batches(data: TrainingData, step: int, world_size: int) -> list[Batch]:

@@ -1,16 +1,14 @@
 """What the data tests share: local files, sections of a recipe, and two tokenizers trained on the spot."""
 
 import json
-import os
 import random
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-
 import datasets
+import huggingface_hub
+import pytest
 import sentencepiece
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -23,7 +21,16 @@ from nslora_dist.rows import load_tokenizer
 datasets.disable_progress_bars()
 torch.set_num_threads(1)  # matrices this small are only slowed down by threads
 
-WORDS = "the of river stone walks lamp green seven birds answer question why blue mountain runs { } 1 2 3".split()
+WORDS = ["the", "of", "river", "stone", "walks", "lamp", "green", "seven", "birds", "answer", "question", "why", "blue"]
+WORDS += ["mountain", "runs", "{", "}", "1", "2", "3"]
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No hub, and a cache of the test's own. What HF_HUB_OFFLINE=1 sets, for modules that are imported already."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 def sentence(rng: random.Random, words: int) -> str:

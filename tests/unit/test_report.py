@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from nslora_dist import dist, report
+from nslora_dist import dist
+from nslora_dist import plots as plots_module
 from nslora_dist.report import Scalars, spectrum_entry, summary_table, write_report, written_paths
 
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
@@ -172,7 +173,7 @@ def test_labels_of_the_frontier_do_not_overlap(full: dict[str, Any]) -> None:
         full["evaluation"][f"arm_{i}"] = {"adaptation": 0.99, "retention": 0.97 - 0.02 * i}
     figure = Figure(figsize=(7.5, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
-    assert report._frontier(figure, full)
+    assert plots_module._frontier(figure, full)
     figure.draw_without_rendering()
     axes = figure.axes[0]
     boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]

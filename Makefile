@@ -1,0 +1,60 @@
+# From a fresh clone each of these does everything: `make demo` shows the method, `make test` checks the project.
+# Both make .venv first; it is kept, and made anew only when pyproject.toml or constraints.txt change.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+# cpu pulls no CUDA package; on a GPU machine give PyTorch's name of the build instead, as in: make demo TORCH_BUILD=cu130
+TORCH_BUILD ?= cpu
+ifeq ($(shell uname -s),Darwin)
+TORCH_SPEC := torch==$(TORCH)
+else
+TORCH_SPEC := torch==$(TORCH)+$(TORCH_BUILD)
+endif
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(VENV)/bin/python -m pip install --quiet --progress-bar off
+# One thread a process: two ranks on two cores would otherwise fight for them.
+RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+
+.PHONY: help demo test setup format clean
+
+help:
+	@echo "make demo    calibrate, train with ZeRO-3 on two CPU processes, export and evaluate a small LLaMA"
+	@echo "make test    lint, types and all tests"
+	@echo "make setup   only what both need: .venv with everything in it"
+	@echo "make format  let ruff order imports and lay out the code"
+	@echo "make clean   remove .venv and caches; runs/ stays"
+
+demo: $(READY)
+	@$(RUN) $(OFFLINE) DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 launch/train.py --recipe tiny_math
+
+test: $(READY)
+	@echo "== lint"; $(RUN) ruff check .; $(RUN) ruff format --check .
+	@echo "== types"; $(RUN) mypy
+	@echo "== tests"; $(RUN) $(OFFLINE) DS_ACCELERATOR=cpu python -m pytest --durations=25
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 12) else \
+		"error: Python 3.11 or 3.12 is needed, $(PYTHON) is %d.%d; give another: make PYTHON=python3.11" % v)'
+	@rm -f $@
+	@test -x $(VENV)/bin/python || { echo "== .venv with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
+	@echo "== installing $(TORCH_SPEC) (200 MB)"
+	@$(PIP) "$(TORCH_SPEC)" -c constraints.txt 2>/dev/null \
+		|| $(PIP) "$(TORCH_SPEC)" --index-url https://download.pytorch.org/whl/$(TORCH_BUILD)
+	@echo "== installing nslora_dist and what it needs, pinned in constraints.txt (a few minutes)"
+	@$(PIP) -c constraints.txt -e ".[dev]"
+	@touch $@
+	@echo "== ready"
+
+format: $(READY)
+	@$(RUN) ruff check --fix .; $(RUN) ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
