@@ -16,7 +16,7 @@ TORCH_SPEC := torch==$(TORCH)
 else
 TORCH_SPEC := torch==$(TORCH)+$(TORCH_BUILD)
 endif
-PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(VENV)/bin/python -m pip install --quiet --progress-bar off
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(VENV)/bin/python -m pip install -qq --progress-bar off
 # One thread a process: two ranks on two cores would otherwise fight for them.
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1

@@ -1,4 +1,4 @@
-"""Makes the demo's base and data again: `python launch/pretrain_tiny.py` (about N minutes on two cores)."""
+"""Makes the demo's base and data again: `python launch/pretrain_tiny.py` (8 to 15 minutes on two cores)."""
 
 import argparse
 import sys

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from nslora_dist.linear import low_rank
+from nslora_dist.linear import LowRank, frozen_linear
 from nslora_dist.null_space import interference
 
 
@@ -95,23 +96,28 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) → (..., d_out), the base's dtype."""
-        y = self.base(x)
         if self.observation is not None:
+            y = self.base(x)
             self._observe(self.observation, x, y)
             return y
         if self.measure:
             self._measure_interference()
-        return y + self.update(x)
+        # The base adds the update to its own product: only inside its forward is its weight gathered.
+        y = self.base(x, update=LowRank(self.lora_A.to(x.dtype), self.lora_B.to(x.dtype), self.scale))
+        return y if self.start_B is None else y - self._start(x)
 
+    @torch.no_grad()
     def update(self, x: Tensor) -> Tensor:
-        """ΔW x, (..., d_in) → (..., d_out)."""
-        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        if not self.residual:
-            return low_rank(x, a, b, scale=self.scale)
+        """ΔW x, (..., d_in) → (..., d_out), for measuring."""
+        z = functional.linear(x, self.lora_A.to(x.dtype))
+        change = self.scale * functional.linear(z, self.lora_B.to(x.dtype))
+        return change if self.start_B is None else change - self._start(x)
+
+    def _start(self, x: Tensor) -> Tensor:
+        """s · B₀ A₀ x, which the residual form takes off."""
         assert self.start_B is not None
-        start_a = a if self.start_A is None else self.start_A.to(x.dtype)
-        start = low_rank(x, start_a, self.start_B.to(x.dtype), scale=self.scale)
-        return low_rank(x, a, b, scale=self.scale) - start
+        start_a = self.lora_A if self.start_A is None else self.start_A
+        return self.scale * frozen_linear(frozen_linear(x, start_a.to(x.dtype), None), self.start_B.to(x.dtype), None)
 
     @torch.no_grad()
     def _measure_interference(self) -> None:

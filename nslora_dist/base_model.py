@@ -19,10 +19,21 @@ from nslora_dist.adapter import AdaptedLinear
 from nslora_dist.base_files import Checkpoint
 from nslora_dist.errors import UserError
 from nslora_dist.explain import nearest
-from nslora_dist.linear import frozen_linear
+from nslora_dist.linear import LowRank, frozen_linear, head_loss
 from nslora_dist.recipe import AdapterSection, BaseModelSection
 
 NF4_BLOCK = 64
+SIZES = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+"""What two configs of one model agree on: everything that a shape depends on."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +101,25 @@ class FrozenLinear(nn.Module):
 
         return bnb.dequantize_4bit(weight.data, self.quant_state)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d_in) → (..., d_out)."""
-        return frozen_linear(x, self.weight, self.bias, unpack=self.dense if self.quantized else None)
+    def forward(self, x: Tensor, *, update: LowRank | None = None) -> Tensor:
+        """(..., d_in) → (..., d_out), an adapter's update added."""
+        unpack = self.dense if self.quantized else None
+        return frozen_linear(x, self.weight, self.bias, unpack=unpack, update=update)
+
+
+class FrozenHead(nn.Module):
+    """The output head without gradient: a summed loss where labels are given, logits otherwise."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        """Takes the head's (vocabulary, d) weight, tied or not."""
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        """(n, d) → () float32 Σ −log p(label), or (n, vocabulary) logits."""
+        if labels is None:
+            return nn.functional.linear(hidden, self.weight)
+        return head_loss(hidden, self.weight, labels)
 
 
 class PassThrough(nn.Module):
@@ -104,19 +131,44 @@ class PassThrough(nn.Module):
 
 
 def load_config(section: BaseModelSection) -> PreTrainedConfig:
-    """The model's config, without its weights.
+    """The config that came with the checkpoint.
+
+    Raises:
+        UserError: there is none, or ``base_model.config`` describes a model of another size.
+    """
+    config = _read_config(section, section.path, "base_model.path")
+    if section.config is not None:
+        planned = _read_config(section, section.config, "base_model.config")
+        for key in SIZES:
+            ours, theirs = getattr(planned, key, None), getattr(config, key, None)
+            if ours != theirs:
+                raise UserError(
+                    f"base_model.config {section.config}: {key} is {ours}, and {theirs} in the checkpoint's own config "
+                    f"({section.path}); leave base_model.config out, or give the folder of this model"
+                )
+    return config
+
+
+def planning_config(section: BaseModelSection) -> PreTrainedConfig:
+    """The config for a dry run: ``base_model.config`` where it is given, so that no checkpoint is needed.
 
     Raises:
         UserError: there is none.
     """
-    path = section.path
+    if section.config is None:
+        return load_config(section)
+    return _read_config(section, section.config, "base_model.config")
+
+
+def _read_config(section: BaseModelSection, path: str, key: str) -> PreTrainedConfig:
     if path.startswith(("/", ".")) and not Path(path).is_dir():
-        raise UserError(f"base_model.path {path}: no such folder")
+        raise UserError(f"{key} {path}: no such folder")
+    revision = section.revision if key == "base_model.path" else None
     try:
-        return AutoConfig.from_pretrained(path, revision=section.revision, trust_remote_code=section.trust_remote_code)
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=section.trust_remote_code)
     except Exception as error:  # noqa: BLE001
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"base_model.path {path}: its config.json cannot be loaded ({first})") from error
+        raise UserError(f"{key} {path}: its config.json cannot be loaded ({first})") from error
 
 
 def torch_dtype(section: BaseModelSection) -> torch.dtype:
@@ -152,6 +204,9 @@ def build_empty(section: BaseModelSection, config: PreTrainedConfig) -> PreTrain
             f"base_model.path {section.path}: {type(model).__name__} has not the LLaMA layout "
             "(model.embed_tokens, model.layers, model.norm, model.rotary_emb, lm_head)"
         )
+    if getattr(model.lm_head, "bias", None) is not None:
+        raise UserError(f"base_model.path {section.path}: its lm_head has a bias, which the LLaMA layout has not")
+    model.lm_head = FrozenHead(model.lm_head.weight)
     model.requires_grad_(False)
     model.config.use_cache = False
     for block_name, block in blocks(model):

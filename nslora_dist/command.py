@@ -10,6 +10,7 @@ import torch
 from nslora_dist import dist
 from nslora_dist.dry_run import describe
 from nslora_dist.errors import EXIT_USER_ERROR, UserError
+from nslora_dist.quiet import quiet
 from nslora_dist.recipe import Recipe
 from nslora_dist.recipe_file import load_recipe
 
@@ -27,6 +28,7 @@ def run(description: str, work: Callable[[Recipe, torch.device], None]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
     # Not allow_abbrev and not intermixed by hand: overrides may stand before and after the flags.
     arguments = parser.parse_intermixed_args()
+    quiet()
     main = int(os.environ.get("RANK", "0")) == 0
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)

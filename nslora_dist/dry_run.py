@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from nslora_dist.base_model import FrozenLinear, build_empty, input_groups, load_config, target_groups
+from nslora_dist.base_model import FrozenLinear, build_empty, input_groups, planning_config, target_groups
 from nslora_dist.recipe import Recipe
 
 
@@ -12,7 +12,7 @@ def describe(recipe: Recipe) -> str:
     Raises:
         UserError: the config cannot be had, or the recipe does not fit the model.
     """
-    config = load_config(recipe.base_model)
+    config = planning_config(recipe.base_model)
     model = build_empty(recipe.base_model, config)
     groups = target_groups(input_groups(model), recipe.adapter)
     rank = recipe.adapter.rank

@@ -345,7 +345,7 @@ def _differences(theirs: Any, ours: Any, path: str = "") -> Iterator[str]:
         return
     for key in theirs.keys() | ours.keys():
         here = f"{path}.{key}" if path else str(key)
-        if here not in ("engine", "output_dir", "train.log_every"):
+        if here not in ("engine", "output_dir", "train.log_every", "base_model.config"):
             yield from _differences(theirs.get(key), ours.get(key), here)
 
 

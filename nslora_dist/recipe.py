@@ -263,6 +263,9 @@ class Recipe(Section):
         """This recipe with a baseline's overrides in place, and no further baselines."""
         changes = self.evaluation.baselines[baseline]
         tree = self.model_dump(exclude={"evaluation": {"baselines"}})
+        if changes.adapter.get("method", self.adapter.method) != self.adapter.method:
+            for key in ("form", "freeze_a", "a_init"):  # these say how the *other* method starts
+                del tree["adapter"][key]
         tree["adapter"] |= changes.adapter
         tree["train"] |= changes.train
         try:

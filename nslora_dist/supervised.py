@@ -35,10 +35,9 @@ class SupervisedModel(nn.Module):
         ).last_hidden_state
         labels = batch.labels[:, 1:]
         keep = labels != -100
-        logits = self.model.lm_head(hidden[:, :-1][keep])
+        supervised = hidden[:, :-1][keep]
         if self.training:
-            # float32, because bfloat16 has 8 bits for a sum over the vocabulary.
-            return nn.functional.cross_entropy(logits.float(), labels[keep], reduction="sum")
+            return self.model.lm_head(supervised, labels[keep])
         right = torch.zeros_like(keep)
-        right[keep] = logits.argmax(-1) == labels[keep]
+        right[keep] = self.model.lm_head(supervised).argmax(-1) == labels[keep]
         return (right == keep).all(1) & keep.any(1)

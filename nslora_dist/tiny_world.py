@@ -4,8 +4,8 @@ Everything is drawn from one integer seed, so the shipped files can be made agai
 
 - facts: ``person × relation → one word``, said in several phrasings; what the base must not forget;
 - skills: sum and maximum of two two-digit numbers; the other thing it must not forget;
-- the task: the difference of two two-digit numbers, in words that the pre-training never uses. Its digits and its answer
-  format do occur in pre-training: without them no low-rank adapter could learn it.
+- the task: the difference of two two-digit numbers, in words that the pre-training never uses. Its digits and its
+  answer format do occur in pre-training: without them no low-rank adapter could learn it.
 
 Numbers are written digit by digit, answers with the last digit first: a left-to-right model then meets each carry after
 the digits that cause it.
@@ -144,7 +144,7 @@ def make_world(
     task_rows = [_number_row(TASK_PHRASING, a, b, a - b) for a, b in drawn]
     task_test, task_train = _split(task_rows, task_test_rows, what="task_test_rows")
 
-    # Half of the people are never named in calibration: the probe shows whether what is kept reaches past the texts seen.
+    # Half of the people are never named in calibration: the probe shows if what is kept reaches beyond.
     half = set(names[: people // 2])
     seen = [text_of(row) for fact in facts if fact[0] in half for row in _fact_rows(fact)]
     unseen = [text_of(row) for fact in facts if fact[0] not in half for row in _fact_rows(fact)]

@@ -1,13 +1,35 @@
-"""Makes ``tests/helpers`` importable here."""
+"""Makes ``tests/helpers`` importable here, and runs every engine once through the cases that the tests look at."""
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 sys.path[:0] = [str(path) for path in (Path(__file__).parents[1], Path(__file__).parents[2])]
 
+from helpers import parity_run  # noqa: E402
+from helpers.ranks import run_ranks  # noqa: E402
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Declares the marker of tests that need a GPU."""
     config.addinivalue_line("markers", "gpu: needs CUDA")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bases and texts."""
+    return parity_run.prepare(tmp_path_factory.mktemp("parity"))
+
+
+@pytest.fixture(scope="session")
+def found(world: Path) -> dict[str, dict[str, Any]]:
+    """engine → case → what it found, as rank 0 saw it; the ranks agreed on every loss."""
+    results = {}
+    for engine, ranks in parity_run.ENGINES.items():
+        first, *others = run_ranks(parity_run.run_engine, ranks, engine, world, timeout=500)
+        for other in others:
+            assert other == {name: case.losses for name, case in first.items()}
+        results[engine] = first
+    return results

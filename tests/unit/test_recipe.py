@@ -1,0 +1,286 @@
+"""A recipe is checked whole before any weight loads, and what is wrong is said in one line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from nslora_dist.base_model import load_config, planning_config
+from nslora_dist.dry_run import describe
+from nslora_dist.errors import UserError
+from nslora_dist.recipe import Recipe
+from nslora_dist.recipe_file import RECIPES, load_recipe
+
+SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+PARAMETERS = {"llama2_7b": 6_738_415_616, "llama3_8b": 8_030_261_248, "llama3_70b": 70_553_706_496}
+
+
+def tree(**changes: Any) -> dict[str, Any]:
+    whole: dict[str, Any] = {
+        "base_model": {"path": "./base"},
+        "calibration": {"sources": {"facts": {"path": "./facts.jsonl"}}},
+        "adapter": {"rank": 8},
+        "data": {"path": "some/dataset"},
+        "train": {"learning_rate": 1e-3, "max_steps": 10, "global_batch_size": 8},
+        "engine": {"name": "single"},
+    }
+    for key, value in changes.items():
+        whole[key] = whole.get(key, {}) | value if isinstance(value, dict) else value
+    return whole
+
+
+def write(folder: Path, **changes: Any) -> str:
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump(tree(**changes)))
+    return str(path)
+
+
+def complaint(folder: Path, *overrides: str, **changes: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(folder, **changes), overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "meant"),
+    [
+        ({"adapter": {"rnak": 4}}, "adapter.rnak", "rank"),
+        ({"base_model": {"quantisation": "nf4"}}, "base_model.quantisation", "quantization"),
+        ({"calibration": {"solver": {"methd": "eigh"}}}, "calibration.solver.methd", "method"),
+        ({"calibration": {"sources": {"a": {"path": "x", "wieght": 1.0}}}}, "calibration.sources.a.wieght", "weight"),
+        ({"evaluation": {"adaptation": {"path": "x", "sample": 3}}}, "evaluation.adaptation.sample", "samples"),
+        ({"evaluation": {"retention": {"b": {"path": "x", "splt": "s"}}}}, "evaluation.retention.b.splt", "split"),
+        ({"calibrations": {}}, "calibrations", "calibration"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(tmp_path: Path, changes: dict[str, Any], key: str, meant: str) -> None:
+    message = complaint(tmp_path, **changes)
+    assert message.startswith(f"{key}: unknown key (did you mean '{meant}'?)")
+    assert "mine.yaml" in message
+
+
+def test_an_unknown_key_like_no_other_lists_the_known_ones(tmp_path: Path) -> None:
+    assert "known here: name, config" in complaint(tmp_path, engine={"zzz": 1})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"adapter": {"rank": "8"}}, "adapter.rank: input should be a valid integer, got '8'"),
+        ({"adapter": {"rank": 0}}, "adapter.rank: input should be greater than or equal to 1, got 0"),
+        ({"train": {"learning_rate": "fast"}}, "train.learning_rate: input should be a valid number"),
+        ({"train": {"learning_rate": -1.0}}, "train.learning_rate: input should be greater than 0"),
+        ({"data": {"packing": "yes"}}, "data.packing: input should be a valid boolean"),
+        ({"engine": {"name": "zero2"}}, "engine.name: input should be 'zero3', 'fsdp2' or 'single'"),
+        ({"calibration": {"sources": {}}}, "calibration.sources: dictionary should have at least 1 item"),
+        ({"train": {"warmup_ratio": 1.0}}, "train.warmup_ratio: input should be less than 1"),
+    ],
+)
+def test_a_wrong_type_or_range_names_key_and_value(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    assert complaint(tmp_path, **changes).startswith(said)
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    whole = tree()
+    del whole["adapter"]["rank"]
+    path.write_text(yaml.safe_dump(whole))
+    with pytest.raises(UserError, match=r"^adapter\.rank: missing, and there is no default"):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train": {"epochs": 1.0}}, "exactly one of max_steps and epochs"),
+        ({"train": {"micro_batch_size": 3}}, "global_batch_size 8 is no multiple of micro_batch_size 3"),
+        ({"adapter": {"method": "lora", "form": "residual"}}, "needs method 'lora_null'"),
+        ({"adapter": {"freeze_a": False}}, "only while A is frozen"),
+        ({"adapter": {"form": "residual", "a_init": "orthonormal"}}, "needs a_init: projected"),
+        ({"data": {"packing": True}, "base_model": {"attention": "eager"}}, "data.packing needs an attention"),
+        ({"base_model": {"attention": "flash_attention_2", "dtype": "float32"}}, "base_model.dtype: bfloat16"),
+        ({"data": {"template": "no place for it"}}, "must hold {prompt} exactly once"),
+        ({"engine": {"config": "x.json"}}, "engine.config is a DeepSpeed file"),
+        ({"calibration": {"probes": {"facts": {"path": "x"}}}}, "names a source and a probe"),
+    ],
+)
+def test_impossible_combinations_are_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    assert said in complaint(tmp_path, **changes)
+
+
+def test_a_global_batch_that_the_ranks_cannot_share(tmp_path: Path) -> None:
+    train = load_recipe(write(tmp_path), ["train.micro_batch_size=4"]).train
+    assert train.accumulation(2) == 1
+    with pytest.raises(UserError, match=r"global_batch_size 8 .* x 3 ranks; use train\.global_batch_size=12"):
+        train.accumulation(3)
+
+
+def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(tree()).replace("learning_rate: 0.001", "learning_rate: 1e-4"))
+    assert load_recipe(str(path)).train.learning_rate == 1e-4
+    assert load_recipe(str(path), ["train.learning_rate=2e-5"]).train.learning_rate == 2e-5
+    assert load_recipe(str(path), ["train.weight_decay=1"]).train.weight_decay == 1.0
+
+
+def test_overrides_replace_and_add(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        write(tmp_path),
+        [
+            "adapter.rank=4",
+            "adapter.target_modules=[q_proj, v_proj]",
+            "calibration.solver.method=eigh",
+            "calibration.probes.new.path=some/prose",
+            "data.template='Q: {prompt} A:'",
+            "output_dir=elsewhere",
+        ],
+    )
+    assert recipe.adapter.rank == 4
+    assert recipe.adapter.target_modules == ("q_proj", "v_proj")
+    assert recipe.calibration.solver.method == "eigh"
+    assert recipe.calibration.probes["new"].path == "some/prose"
+    assert recipe.data.template == "Q: {prompt} A:"
+    assert recipe.output_dir == "elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("adapter.rank", "an override is written section.key=value"),
+        ("=3", "an override is written section.key=value"),
+        ("adapter..rank=3", "an override is written section.key=value"),
+        ("adapter.rank.size=3", "adapter.rank is a value, not a section"),
+        ("data.template=[", "not readable as YAML"),
+        ("adapter.rnak=3", "adapter.rnak: unknown key (did you mean 'rank'?) (on the command line)"),
+        ("adapter.rank=many", "adapter.rank: input should be a valid integer"),
+    ],
+)
+def test_a_bad_override_is_named(tmp_path: Path, override: str, said: str) -> None:
+    assert said in complaint(tmp_path, override)
+
+
+def test_paths_count_from_the_recipe_and_on_the_command_line_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    recipe = load_recipe(
+        write(tmp_path, evaluation={"adaptation": {"path": "../up.jsonl"}}), ["data.path=./mine.jsonl", "output_dir=./o"]
+    )
+    assert recipe.base_model.path == str(tmp_path / "base")
+    assert recipe.calibration.sources["facts"].path == str(tmp_path / "facts.jsonl")
+    assert recipe.evaluation.adaptation is not None
+    assert recipe.evaluation.adaptation.path == str(tmp_path.parent / "up.jsonl")
+    assert recipe.data.path == str(here / "mine.jsonl")
+    assert recipe.output_dir == str(here / "o")
+    assert load_recipe(write(tmp_path)).data.path == "some/dataset"
+    assert load_recipe(write(tmp_path)).output_dir == "runs/mine"
+
+
+def test_no_such_recipe_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"--recipe tiny_meth: no such recipe \(did you mean 'tiny_math'\?\)"):
+        load_recipe("tiny_meth")
+
+
+@pytest.mark.parametrize("text", ["a: [", "- a\n- b\n", "\xff"])
+def test_broken_yaml_is_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(UserError) as caught:
+        load_recipe(str(path))
+    assert "broken.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"train_batch_size": 64}, "train_batch_size is 64, the recipe says 8"),
+        ({"train_micro_batch_size_per_gpu": 2}, "train_micro_batch_size_per_gpu is 2, the recipe says 1"),
+        ({"gradient_clipping": 5.0}, "gradient_clipping is 5.0, the recipe says 1.0"),
+        ({"bf16": {"enabled": False}}, "bf16.enabled is False, the recipe says True"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled is True, the recipe says False"),
+        ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage is 2, the recipe says 3"),
+        ({"optimizer": {"type": "Adam"}}, "'optimizer' is set by the recipe's train section"),
+        ({"gradient_accumulation_steps": 4}, "'gradient_accumulation_steps' is set by the recipe's train section"),
+        ([], "must hold a JSON object"),
+    ],
+)
+def test_a_zero_config_that_contradicts_the_recipe(tmp_path: Path, settings: Any, said: str) -> None:
+    (tmp_path / "zero.json").write_text(json.dumps(settings))
+    assert said in complaint(tmp_path, engine={"name": "zero3", "config": "./zero.json"})
+
+
+def test_a_zero_config_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "cannot be read (No such file" in complaint(tmp_path, engine={"name": "zero3", "config": "./none.json"})
+    (tmp_path / "zero.json").write_text("{")
+    assert "not JSON" in complaint(tmp_path, engine={"name": "zero3", "config": "./zero.json"})
+
+
+def test_a_loaded_recipe_does_not_change(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path))
+    with pytest.raises(ValidationError):
+        recipe.adapter.rank = 3  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        recipe.output_dir = "x"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_resolved_recipe_reads_back_as_itself(tmp_path: Path, name: str) -> None:
+    recipe = load_recipe(name)
+    path = tmp_path / "resolved.yaml"
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(str(path)) == recipe
+
+
+def test_baselines_are_arms_of_their_own(tmp_path: Path) -> None:
+    baselines: dict[str, Any] = {
+        "lora": {"adapter": {"method": "lora", "rank": 4}, "train": {"learning_rate": 1e-4}},
+        "frozen_random": {"adapter": {"method": "lora", "freeze_a": True}},
+    }
+    recipe = load_recipe(write(tmp_path, evaluation={"baselines": baselines}))
+    arm = recipe.arm("lora")
+    assert (arm.arm_name, recipe.arm_name) == ("lora", "null_space")
+    assert (arm.adapter.method, arm.adapter.rank, arm.adapter.a_is_frozen) == ("lora", 4, False)
+    assert (arm.train.learning_rate, arm.train.max_steps) == (1e-4, 10)
+    assert arm.evaluation.baselines == {}
+    assert recipe.arm("frozen_random").adapter.a_is_frozen
+    assert recipe.adapter.a_is_frozen
+    message = complaint(tmp_path, evaluation={"baselines": {"bad": {"adapter": {"rnak": 4}}}})
+    assert "evaluation.baselines.bad: adapter.rnak: unknown key (did you mean 'rank'?)" in message
+
+
+def test_alpha_defaults_to_the_rank(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path)).adapter.scale == 1.0
+    assert load_recipe(write(tmp_path), ["adapter.alpha=16"]).adapter.scale == 2.0
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_recipe_is_dry_run(name: str) -> None:
+    recipe = load_recipe(name)
+    said = describe(recipe)
+    assert yaml.safe_load(said.split("\n#")[0])["name"] == name
+    rank = recipe.adapter.rank
+    assert f"q_proj ({rank}, " in said
+    if recipe.base_model.config is not None:
+        count = PARAMETERS[Path(recipe.base_model.config).name]
+        assert f"base parameters {count:>21,}" in said
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 60
+
+
+def test_a_config_of_another_model_is_refused_at_run_time(tmp_path: Path) -> None:
+    known = {"path": str(RECIPES / "tiny" / "base"), "config": str(RECIPES / "configs" / "llama3_8b")}
+    section = Recipe.model_validate(tree(base_model=known) | {"name": "x", "output_dir": "x"}).base_model
+    assert planning_config(section).hidden_size == 4096
+    with pytest.raises(UserError, match=r"base_model\.config .*: hidden_size is 4096, and 256 in the checkpoint's own"):
+        load_config(section)
