@@ -1,6 +1,6 @@
 """Calibrate one recipe: write null_space/ and stop.
 
-    torchrun --nproc-per-node 8 launch/calibrate.py --recipe llama3_70b_math
+torchrun --nproc-per-node 8 launch/calibrate.py --recipe llama3_70b_math
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Calibrate, train, export and evaluate one recipe.
 
-    deepspeed launch/train.py --recipe llama3_70b_math
+deepspeed launch/train.py --recipe llama3_70b_math
 """
 
 import sys

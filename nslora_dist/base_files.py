@@ -101,7 +101,7 @@ def locate(section: BaseModelSection) -> Path:
     try:
         patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model"]
         return Path(snapshot_download(section.path, revision=section.revision, allow_patterns=patterns))
-    except Exception as error:  # noqa: BLE001 (the hub client raises a dozen kinds)
+    except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"base_model.path {section.path}: no such folder, and not to be had from the hub ({first})"

@@ -166,7 +166,7 @@ def _read_config(section: BaseModelSection, path: str, key: str) -> PreTrainedCo
     revision = section.revision if key == "base_model.path" else None
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=section.trust_remote_code)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{key} {path}: its config.json cannot be loaded ({first})") from error
 
@@ -223,17 +223,20 @@ def build_empty(section: BaseModelSection, config: PreTrainedConfig) -> PreTrain
 
 def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The decoder blocks and their names."""
-    return [(f"model.layers.{number}", block) for number, block in enumerate(model.model.layers)]
+    inner: Any = model.model  # nn.Module types its attributes as "Tensor | Module"
+    return [(f"model.layers.{number}", block) for number, block in enumerate(inner.layers)]
 
 
 def units(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """What is loaded and sharded as a whole, in the order of the forward pass; a tied head is no unit of its own."""
-    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    inner: Any = model.model
+    head: Any = model.lm_head
+    tied = head.weight is inner.embed_tokens.weight
     return [
-        ("model.embed_tokens", model.model.embed_tokens),
+        ("model.embed_tokens", inner.embed_tokens),
         *blocks(model),
-        ("model.norm", model.model.norm),
-        *([] if tied else [("lm_head", model.lm_head)]),
+        ("model.norm", inner.norm),
+        *([] if tied else [("lm_head", head)]),
     ]
 
 
@@ -304,7 +307,9 @@ def target_groups(groups: list[InputGroup], adapter: AdapterSection) -> list[Inp
     return chosen
 
 
-def attach_adapters(model: PreTrainedModel, groups: list[InputGroup], adapter: AdapterSection, dtype: torch.dtype) -> None:
+def attach_adapters(
+    model: PreTrainedModel, groups: list[InputGroup], adapter: AdapterSection, dtype: torch.dtype
+) -> None:
     """Puts an adapted linear, still on the meta device, in the place of every target module."""
     for group in groups:
         for shape in group.modules:

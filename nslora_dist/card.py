@@ -75,6 +75,7 @@ def interference_tables(interference: Mapping[str, Any]) -> list[str]:
 def model_card(
     folder: Path, card: Mapping[str, Any], *, base_model: str, revision: str | None, ranks: list[int], scale: float
 ) -> str:
+    """The whole ``README.md``, front matter for the hub included; ``card`` as ``write_adapter`` takes it."""
     from huggingface_hub import ModelCard, ModelCardData
 
     null_space = card.get("method", "lora_null") == "lora_null"

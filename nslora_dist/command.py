@@ -23,7 +23,7 @@ def run(description: str, work: Callable[[Recipe, torch.device], None]) -> int:
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--recipe", required=True, help="a name in recipes/, or a path to a YAML file")
-    parser.add_argument("--dry-run", action="store_true", help="check the recipe and print what it comes to, no weights")
+    parser.add_argument("--dry-run", action="store_true", help="print what the recipe comes to; no weights")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
     # Not allow_abbrev and not intermixed by hand: overrides may stand before and after the flags.

@@ -116,7 +116,7 @@ def together(what: str) -> Iterator[None]:
     failure: BaseException | None = None
     try:
         yield
-    except Exception as error:  # noqa: BLE001 (passed on below, on every rank)
+    except Exception as error:
         failure = error
     if world_size() == 1:
         if failure is not None:

@@ -97,9 +97,7 @@ def forward_interference(
     found: dict[str, dict[str, Tensor]] = {}
     weights = {text.name: text.weight for text in texts if text.weight is not None}
     for text in texts:
-        batches = text_batches(
-            text.calibration, batch_size=batch_size, rank=dist.rank(), world_size=dist.world_size()
-        )
+        batches = text_batches(text.calibration, batch_size=batch_size, rank=dist.rank(), world_size=dist.world_size())
         with observed(engine.model) as seen:
             for batch in even_batches(batches, device=device):
                 real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
@@ -111,7 +109,9 @@ def forward_interference(
         found[text.name] = {name: (pair[0] / pair[1]).sqrt() for name, pair in zip(names, sums, strict=True)}
     whole = sum(weights.values())
     found[MIXTURE] = {
-        module: torch.stack([weight / whole * found[name][module] ** 2 for name, weight in weights.items()]).sum().sqrt()
+        module: torch.stack([weight / whole * found[name][module] ** 2 for name, weight in weights.items()])
+        .sum()
+        .sqrt()
         for module in adapted_linears(engine.model)
     }
     return found
@@ -127,13 +127,14 @@ def live_interference(engine: Engine) -> dict[str, dict[str, Tensor]]:
 
 
 def summarise(found: Mapping[str, Mapping[str, Tensor]], texts: Sequence[CalibrationTexts]) -> dict[str, Any] | None:
-    """``max``, ``mean``, ``rms`` and ``per_module`` of the mixture; ``by_source`` and ``by_probe`` with max and mean."""
+    """``max``, ``mean``, ``rms`` and ``per_module`` of the mixture; ``by_source``, ``by_probe`` with max and mean."""
     if not found:
         return None
 
     def ends(values: Mapping[str, Tensor]) -> dict[str, float]:
         stacked = torch.stack(list(values.values())).double()
-        return {"max": float(stacked.max()), "mean": float(stacked.mean()), "rms": float(stacked.square().mean().sqrt())}
+        rms = stacked.square().mean().sqrt()
+        return {"max": float(stacked.max()), "mean": float(stacked.mean()), "rms": float(rms)}
 
     return {
         **ends(found[MIXTURE]),

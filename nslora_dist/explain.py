@@ -13,9 +13,7 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
-def explain(
-    error: ValidationError, root: type[BaseModel], *, origin: str = "", overridden: Sequence[str] = ()
-) -> str:
+def explain(error: ValidationError, root: type[BaseModel], *, origin: str = "", overridden: Sequence[str] = ()) -> str:
     """The first thing wrong: which value, where it came from, what to do.
 
     Args:

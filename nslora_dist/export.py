@@ -1,4 +1,4 @@
-"""The adapter on disk: a plain LoRA on the original base in PEFT's format, with a model card that says what it disturbs.
+"""The adapter on disk: a plain LoRA on the original base in PEFT's format, with a card that says what it disturbs.
 
 Nothing of this project is needed to load it: PEFT, vLLM and merging tools read the folder as any other LoRA.
 """
@@ -20,6 +20,8 @@ from nslora_dist.errors import UserError
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+
+
 @dataclass(frozen=True)
 class Factors:
     """One module's ΔW = scale · B A on the original base, before the scale.

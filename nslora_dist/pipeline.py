@@ -187,7 +187,9 @@ class Run:
             with self.phase("evaluation"):
                 report["evaluation"]["base"] = evaluate(engine, sets, device=self.device)
         with self.phase("training"), Scalars(self.folder / "tensorboard" / name) as scalars:
-            trained = train(engine, data, arm.train, device=self.device, scalars=scalars, description=f"training {name}")
+            trained = train(
+                engine, data, arm.train, device=self.device, scalars=scalars, description=f"training {name}"
+            )
         with self.phase("evaluation"):
             scores = evaluate(engine, sets, device=self.device)
             report["evaluation"][name] = scores | {"learning_rate": arm.train.learning_rate}
@@ -291,8 +293,8 @@ def _fits(arm: Recipe, recipe: Recipe) -> bool:
     different = [key for key in same if getattr(arm.adapter, key) != getattr(recipe.adapter, key)]
     if recipe.adapter.method != "lora_null" or different:
         raise UserError(
-            f"evaluation.baselines: a lora_null baseline shares the recipe's null space, and its {different or 'method'} "
-            "differs; run it as a recipe of its own"
+            "evaluation.baselines: a lora_null baseline shares the recipe's null space, and its "
+            f"{different or 'method'} differs; run it as a recipe of its own"
         )
     return True
 

@@ -57,6 +57,7 @@ def own_arm(report: Mapping[str, Any]) -> str:
 
 
 def interference_by_arm(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Each arm's interference, the recipe's own among them whichever key of the report holds it."""
     by_arm = {arm: known for arm, known in (report.get("interference_by_arm") or {}).items() if known}
     own = own_arm(report)
     if report.get("interference") and own not in by_arm:

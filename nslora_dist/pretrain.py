@@ -196,7 +196,7 @@ def save_base(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folde
 
     Measure recall on the returned model: rounding to bfloat16 is part of the base.
     """
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 

@@ -160,9 +160,10 @@ class TrainSection(Section):
 
     learning_rate: Positive
     weight_decay: NonNegative = 0.0
-    betas: Annotated[
-        tuple[Fraction, Fraction], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
-    ] = (0.9, 0.999)
+    betas: Annotated[tuple[Fraction, Fraction], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = (
+        0.9,
+        0.999,
+    )
     max_steps: Count | None = None
     epochs: Positive | None = None
     global_batch_size: Count = 128
@@ -240,16 +241,22 @@ class Recipe(Section):
     def _combinations(self) -> "Recipe":
         base = self.base_model
         if base.attention == "flash_attention_2" and base.dtype != "bfloat16":
-            raise ValueError("base_model.attention 'flash_attention_2' computes in 16 bits: set base_model.dtype: bfloat16")
+            raise ValueError("base_model.attention 'flash_attention_2' is for 16 bits: set base_model.dtype: bfloat16")
         if self.data.packing and base.attention == "eager":
             raise ValueError(
                 "data.packing needs an attention that keeps packed samples apart without a dense mask: "
                 "set base_model.attention to sdpa or flash_attention_2"
             )
+        if self.data.packing and base.attention == "flash_attention_2" and self.train.micro_batch_size > 1:
+            # transformers looks for packed samples only in batches of one row; in larger ones they would see each other.
+            raise ValueError(
+                "data.packing with flash_attention_2 keeps samples apart only in batches of one row: "
+                "set train.micro_batch_size: 1 and a longer data.max_length"
+            )
         if self.engine.name == "zero3" and self.engine.config is not None:
             check_zero_config(self)
         if self.engine.name != "zero3" and self.engine.config is not None:
-            raise ValueError(f"engine.config is a DeepSpeed file, and engine.name is '{self.engine.name}': leave it out")
+            raise ValueError(f"engine.config is a DeepSpeed file, engine.name is '{self.engine.name}': leave it out")
         for name in self.evaluation.baselines:
             self.arm(name)
         return self

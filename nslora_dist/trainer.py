@@ -123,7 +123,7 @@ def train(
 
 
 def _interference_tags(found: dict[str, dict[str, Tensor]]) -> dict[str, float]:
-    tags = {}
+    tags: dict[str, float] = {}
     for name, values in found.items():
         numbers = {module: float(value) for module, value in values.items()}
         if name == MIXTURE:
@@ -146,7 +146,7 @@ def _blame(engine: Engine, batches: Sequence[Batch], *, step: int, device: torch
         return hook
 
     for number, batch in enumerate(batches):
-        hooks = [m.register_forward_hook(watch(name, number)) for name, m in engine.model.named_modules() if name]  # type: ignore[arg-type]
+        hooks = [m.register_forward_hook(watch(name, number)) for name, m in engine.model.named_modules() if name]
         try:
             engine.matches(batch.to(device))
         finally:

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from nslora_dist.base_model import InputGroup
-from nslora_dist.data import Batch
+from nslora_dist.batches import Batch
 
-TRIANGLE_BLOCKS = 8
-"""A Gram is symmetric: eight column blocks compute 36 of 64 tiles, close to half, in products still large."""
+LEAF = {"cpu": 128, "cuda": 2048}
+"""A Gram is symmetric, so its triangle is halved until the tiles on the diagonal, computed whole, are this small.
+
+A CPU's kernels are near their rate at 128; a GPU needs a few hundred output tiles of its own in each product.
+"""
 
 
 class GroupSums:
@@ -43,7 +46,7 @@ class GroupSums:
 
     def add_input(self, x: Tensor, *, batch: int) -> None:
         """Adds (n, d_in) inputs of one batch."""
-        energy = x.float().square().sum(dtype=torch.float64)
+        energy = _energy(x)
         self.energy += energy
         bad = torch.where(energy.isfinite(), 2**62, batch)  # no read-back here: a GPU would wait for every module
         self.first_bad = torch.minimum(self.first_bad, bad)
@@ -56,7 +59,7 @@ class GroupSums:
 
     def add_output(self, module: str, y: Tensor) -> None:
         """Adds (n, d_out) outputs W x, the bias taken off."""
-        self.outputs[module] += y.float().square().sum(dtype=torch.float64)
+        self.outputs[module] += _energy(y)
 
     def finish(self) -> None:
         """Mirrors the lower block triangle of the Gram into the upper one."""
@@ -64,9 +67,24 @@ class GroupSums:
             mirror(self.gram)
 
 
-def _edges(size: int) -> list[int]:
-    count = TRIANGLE_BLOCKS if size >= 64 * TRIANGLE_BLOCKS else 1
-    return [size * number // count for number in range(count + 1)]
+def _energy(x: Tensor) -> Tensor:
+    """Σ x² of (n, d), () float64: row by row in float32 without a copy of x, then over rows in float64."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).double().square().sum()
+
+
+def _tiles(start: int, stop: int, leaf: int) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of tiles that cover the lower triangle: large squares first, ``leaf`` wide on the diagonal."""
+    if stop - start <= leaf:
+        yield slice(start, stop), slice(start, stop)
+        return
+    middle = (start + stop) // 2
+    yield slice(middle, stop), slice(start, middle)
+    yield from _tiles(start, middle, leaf)
+    yield from _tiles(middle, stop, leaf)
+
+
+def _leaf(gram: Tensor) -> int:
+    return LEAF.get(gram.device.type, LEAF["cuda"])
 
 
 def add_gram(gram: Tensor, x: Tensor) -> None:
@@ -77,20 +95,18 @@ def add_gram(gram: Tensor, x: Tensor) -> None:
     """
     native = x.is_cuda and x.dtype == torch.bfloat16
     x = x if native else x.float()
-    edges = _edges(gram.shape[0])
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
-        rows, columns = x[:, start:stop].T, x[:, :stop]
+    for rows, columns in _tiles(0, len(gram), _leaf(gram)):
         if native:
-            gram[start:stop, :stop] += torch.mm(rows, columns, out_dtype=torch.float32)
+            gram[rows, columns] += torch.mm(x[:, rows].T, x[:, columns], out_dtype=torch.float32)
         else:
-            gram[start:stop, :stop].addmm_(rows, columns)
+            gram[rows, columns].addmm_(x[:, rows].T, x[:, columns])
 
 
 def mirror(gram: Tensor) -> None:
     """Copies the lower block triangle that ``add_gram`` filled onto the upper one, in place, tile by tile."""
-    edges = _edges(gram.shape[0])
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
-        gram[:start, start:stop] = gram[start:stop, :start].T
+    for rows, columns in _tiles(0, len(gram), _leaf(gram)):
+        if rows != columns:
+            gram[columns, rows] = gram[rows, columns].T
 
 
 class Collector:
@@ -138,8 +154,9 @@ class Collector:
 
 
 @torch.no_grad()
-def whole_model_grams(model: nn.Module, forward: Any, groups: Sequence[InputGroup], batches: Iterable[Batch],
-                      *, device: torch.device) -> dict[str, GroupSums]:
+def whole_model_grams(
+    model: nn.Module, forward: Any, groups: Sequence[InputGroup], batches: Iterable[Batch], *, device: torch.device
+) -> dict[str, GroupSums]:
     """The Grams of all groups from plain forward passes of a live model, sharded or not.
 
     Holds every Gram at once: for models whose forward pass cannot be cut into blocks, and to check the streamed pass.

@@ -183,8 +183,8 @@ class Calibration:
                 if batch < 2**62:
                     first = (batch * self.section.batch_size) * dist.world_size() + dist.rank()
                     raise UserError(
-                        f"calibration.sources/probes '{texts.name}': the input of {name} is not finite at sample {first} "
-                        f"(rank {dist.rank()}, batch {batch}); check that text and the base's weights, or use "
+                        f"calibration.sources/probes '{texts.name}': the input of {name} is not finite at sample "
+                        f"{first} (rank {dist.rank()}, batch {batch}); check that text and the base's weights, or use "
                         "base_model.dtype=float32"
                     )
 

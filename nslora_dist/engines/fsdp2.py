@@ -37,7 +37,8 @@ class Fsdp2Engine:
                 fully_shard(unit, mesh=mesh, mp_policy=policy)
 
         self.model = job.model
-        self.root = fully_shard(prepare(job, recipe, shard), mesh=mesh, mp_policy=policy)
+        self.root = prepare(job, recipe, shard)
+        fully_shard(self.root, mesh=mesh, mp_policy=policy)  # in place
         self.optimizer = make_optimizer(self.root, recipe)
         self.max_grad_norm = recipe.train.max_grad_norm
 
@@ -58,9 +59,7 @@ class Fsdp2Engine:
 
     def step(self, learning_rate: float) -> float:
         """See ``Engine``."""
-        norm = clip_and_step(
-            self.root, self.optimizer, max_grad_norm=self.max_grad_norm, learning_rate=learning_rate
-        )
+        norm = clip_and_step(self.root, self.optimizer, max_grad_norm=self.max_grad_norm, learning_rate=learning_rate)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def gather(self, parameter: nn.Parameter) -> Tensor:

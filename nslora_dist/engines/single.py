@@ -46,9 +46,7 @@ class SingleEngine:
 
     def step(self, learning_rate: float) -> float:
         """See ``Engine``."""
-        norm = clip_and_step(
-            self.root, self.optimizer, max_grad_norm=self.max_grad_norm, learning_rate=learning_rate
-        )
+        norm = clip_and_step(self.root, self.optimizer, max_grad_norm=self.max_grad_norm, learning_rate=learning_rate)
         return float(norm)
 
     def gather(self, parameter: nn.Parameter) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from helpers.stages import as_bytes, quantised_layers, started
-from helpers.world import make_base, make_recipe, make_texts, words, write_rows, zero_config
+from helpers.world import make_base, make_recipe, make_texts, write_rows, zero_config
 from torch import Tensor
 
 from nslora_dist import dist
@@ -50,22 +50,22 @@ NF4 = {"quantization": "nf4"}
 
 CASES: dict[str, Case] = {
     "delta": _case(adapter=ALPHA),
-    "delta_checkpointing": _case(adapter=ALPHA, train={"activation_checkpointing": True}, null_space="delta"),
     # Decay pulls D = B - B0 to zero in delta form and B itself in residual form: the two agree without it alone.
-    "delta_no_decay": _case(adapter=ALPHA, train={"weight_decay": 0.0}, null_space="delta"),
+    "delta_no_decay": _case(
+        adapter=ALPHA, train={"weight_decay": 0.0, "activation_checkpointing": True}, null_space="delta"
+    ),
     "v2": _case(adapter=ALPHA | V2, train={"weight_decay": 0.0}),
-    "v1": _case(8, adapter=ALPHA | V1, null_space="v2"),
-    "lora": _case(4, adapter={"method": "lora"}),
+    "v1": _case(6, adapter=ALPHA | V1, null_space="v2"),
+    "lora": _case(3, adapter=ALPHA | {"method": "lora"}),
     "nf4": _case(base_model=NF4),
-    "bf16": _case(adapter=ALPHA, base_model=BF16),
+    "bf16": _case(8, adapter=ALPHA, base_model=BF16),
     "nf4_bf16": _case(8, base_model=BF16 | NF4),
-    "v1_bf16": _case(4, adapter=V1, base_model=BF16),
-    "v2_bf16": _case(4, adapter=V2, base_model=BF16, null_space="v1_bf16"),
-    "v1_nf4": _case(4, adapter=V1, base_model=NF4),
-    "v2_nf4": _case(4, adapter=V2, base_model=NF4, null_space="v1_nf4"),
-    "v2_nf4_bf16": _case(4, adapter=V2, base_model=BF16 | NF4),
-    "biases_tied": _case(4, base="qwen25_tied_window"),
-    "biases": _case(4, base="qwen2", keep_small=True),
+    "v1_bf16": _case(3, adapter=V1, base_model=BF16),
+    "v2_bf16": _case(3, adapter=V2, base_model=BF16, null_space="v1_bf16"),
+    "v1_nf4": _case(3, adapter=V1, base_model=NF4),
+    "v2_nf4_bf16": _case(3, adapter=V2, base_model=BF16 | NF4),
+    "biases_tied": _case(3, base="qwen25_tied_window"),
+    "biases": _case(3, base="qwen2", keep_small=True),
 }
 
 
@@ -222,7 +222,7 @@ def _watch_dense(name: str, layer: Any, seen: dict[str, list[Tensor]]) -> None:
 
 def non_finite(engine: str, world: Path) -> dict[str, str]:
     """The message that ended each of three hopeless trainings."""
-    dice_rows = [{"prompt": "w1 w2", "response": "w3"} for _ in range(16)]
+    rows = [{"prompt": f"w{number} w2", "response": "w3"} for number in range(16)]
     said = {}
     for name, changes in {
         "rate": {"train": {"learning_rate": 1e30, "max_steps": 4}},
@@ -234,7 +234,7 @@ def non_finite(engine: str, world: Path) -> dict[str, str]:
     }.items():
         with dist.together("rows"):
             if dist.is_main():
-                write_rows(world / "one_bad_row.jsonl", one_bad_row(dice_rows))
+                write_rows(world / "one_bad_row.jsonl", one_bad_row(rows))
         settings = changes | {"adapter": {"method": "lora"}, "engine": _settings(engine, world, Case())}
         recipe = make_recipe(world, world / "llama", world / engine / f"bad_{name}", **settings)
         with started(recipe) as stage:
@@ -248,6 +248,3 @@ def non_finite(engine: str, world: Path) -> dict[str, str]:
 def one_bad_row(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     """``rows`` with the poisoned word in one prompt."""
     return [*rows[:5], rows[5] | {"prompt": "w1 w60"}, *rows[6:]]
-
-
-__all__ = ["CASES", "ENGINES", "IDS", "Case", "Found", "Packed", "dense_update", "non_finite", "packed_bytes", "words"]

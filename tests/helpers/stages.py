@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes.functional
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nslora_dist import dist
 from nslora_dist.adapter import adapted_linears
@@ -103,43 +105,57 @@ def started(recipe: Recipe, *, null_space: Path | None = None, device: torch.dev
         engine.close()
 
 
-def direct_interference(
-    stage: Stage, base: nn.Module, sequences: Sequence[Tensor]
-) -> dict[str, tuple[float, float]]:
-    """module → (‖ΔW X‖², ‖W X‖²) in float64 on a plain Hugging Face base, sequence by sequence, ΔW formed densely."""
-    base = base.double()
-    factors = {}
-    for name, module in adapted_linears(stage.engine.model).items():
-        gather = stage.engine.gather
-        a, b = gather(module.lora_A).double(), gather(module.lora_B).double()
-        update = b @ a
-        if module.start_B is not None:
-            a0 = a if module.start_A is None else gather(module.start_A).double()
-            update = update - gather(module.start_B).double() @ a0
-        factors[name] = module.scale * update
-    return dense_energies(base, factors, sequences)
+@dataclass
+class Energies:
+    """Σ over tokens of ‖ΔW x‖², ‖W x‖² and ‖x‖² of one module."""
+
+    update: float = 0.0
+    output: float = 0.0
+    input: float = 0.0
 
 
 @torch.no_grad()
-def dense_energies(
-    base: nn.Module, updates: dict[str, Tensor], sequences: Sequence[Tensor]
-) -> dict[str, tuple[float, float]]:
-    """module → (‖ΔW X‖², ‖W X‖²) over the sequences' tokens."""
-    sums = {name: [0.0, 0.0] for name in updates}
-    hooks = []
+def dense_energies(base: nn.Module, updates: dict[str, Tensor], sequences: Sequence[Tensor]) -> dict[str, Energies]:
+    """Energies of every module in ``updates`` (name → dense ΔW) on a plain model's own activations.
+
+    Each sequence goes through alone, so there is no padding to leave out.
+    """
+    sums = {name: Energies() for name in updates}
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             x = args[0].flatten(0, 1)
-            sums[name][0] += float((x @ updates[name].T).square().sum())
-            sums[name][1] += float((x @ module.weight.T).square().sum())
+            sums[name].update += float((x @ updates[name].T).square().sum())
+            sums[name].output += float((x @ module.weight.T).square().sum())
+            sums[name].input += float(x.square().sum())
 
         return hook
 
-    for name in updates:
-        hooks.append(base.get_submodule(name).register_forward_hook(watch(name)))
+    hooks = [base.get_submodule(name).register_forward_hook(watch(name)) for name in updates]
     for ids in sequences:
         base(input_ids=ids[None])
     for hook in hooks:
         hook.remove()
-    return {name: (update, output) for name, (update, output) in sums.items()}
+    return sums
+
+
+def plain_base(folder: Path, *, dtype: str, quantised: bool = False) -> PreTrainedModel:
+    """Hugging Face's own model of the base in ``dtype``; with ``quantised``, its blocks' linears rounded to NF4.
+
+    The rounding is bitsandbytes' own, there and back, layer by layer, and the result dense.
+    """
+    kind = getattr(torch, dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
+    if quantised:
+        for module in model.model.layers.modules():
+            if isinstance(module, nn.Linear):
+                packed, state = quantise(module.weight.data, kind)
+                module.weight.data = bitsandbytes.functional.dequantize_4bit(packed, state)
+    return model
+
+
+def quantise(weight: Tensor, storage: torch.dtype) -> tuple[Tensor, Any]:
+    """NF4 with double quantisation in blocks of 64, packed into ``storage``."""
+    return bitsandbytes.functional.quantize_4bit(
+        weight, blocksize=64, compress_statistics=True, quant_type="nf4", quant_storage=storage
+    )

@@ -125,7 +125,7 @@ def make_texts(folder: Path) -> Path:
     write_rows(folder / "a.jsonl", [{"text": words(dice, 3, 7, of=30)} for _ in range(20)])
     write_rows(folder / "b.jsonl", [{"text": words(dice, 9, 14)} for _ in range(20)])
     write_rows(folder / "p.jsonl", [{"text": words(dice, 5, 14)} for _ in range(13)])
-    task = [{"prompt": words(dice, 3, 8), "response": words(dice, 1, 4)} for _ in range(70)]
+    task = [{"prompt": words(dice, 3, 8), "response": words(dice, 1, 4, of=6)} for _ in range(70)]
     write_rows(folder / "task.jsonl", task)
     return folder
 
@@ -162,7 +162,7 @@ def make_recipe(texts: Path, base: Path, output: Path, **changes: Any) -> Recipe
             "global_batch_size": 8,
             "micro_batch_size": 2,
             "warmup_ratio": 0.15,
-            "max_grad_norm": 0.5,
+            "max_grad_norm": 0.06,
             "log_every": 5,
         },
         "engine": {"name": "single"},

@@ -37,19 +37,18 @@ def test_bfloat16_losses(found: Results, engine: str, case: str) -> None:
 def test_training_is_not_trivial(found: Results) -> None:
     """Clipping is active at some steps, the schedule moves, the loss falls: agreement above means something."""
     delta = found["single"]["delta"]
-    assert max(delta.norms) > 0.5, "train.max_grad_norm 0.5 never clipped"
-    assert delta.losses[-1] < delta.losses[0] - 0.05
-    assert delta.losses != pytest.approx(found["single"]["delta_no_decay"].losses, rel=1e-5), "weight decay did nothing"
-
-
-@pytest.mark.parametrize("engine", ["single", *SHARDED])
-def test_checkpointing_changes_nothing(found: Results, engine: str) -> None:
-    assert found[engine]["delta_checkpointing"].losses == pytest.approx(found[engine]["delta"].losses, rel=1e-6)
+    assert max(delta.norms) > 0.06 * 1.2, "train.max_grad_norm 0.06 hardly clipped"
+    losses, without_decay = delta.losses, found["single"]["delta_no_decay"].losses
+    assert losses[-1] < losses[0] - 0.3
+    assert losses != pytest.approx(without_decay, rel=1e-5), "weight decay did nothing"
 
 
 @pytest.mark.parametrize("engine", ["single", *SHARDED])
 def test_v2_is_the_delta_form(found: Results, engine: str) -> None:
-    """METHODS.md §1a: the same function and the same gradient, at alpha 12 and rank 8."""
+    """METHODS.md §1a: the same function and the same gradient, at alpha 12 and rank 8.
+
+    The delta case recomputes activations in the backward pass, the residual one keeps them: that too changes nothing.
+    """
     assert found[engine]["v2"].losses == pytest.approx(found[engine]["delta_no_decay"].losses, rel=1e-5)
     assert len(found[engine]["v2"].losses) == 20
 
@@ -59,7 +58,7 @@ def test_v1_trains_a(found: Results, engine: str) -> None:
     v1 = found[engine]["v1"]
     assert all(math.isfinite(loss) for loss in v1.losses) and v1.losses[-1] != v1.losses[0]
     assert all(not torch.equal(parts["A"], parts["A0"]) for parts in v1.factors.values())
-    assert v1.losses[-1] != pytest.approx(found[engine]["v2"].losses[7], rel=1e-6)
+    assert v1.losses[-1] != pytest.approx(found[engine]["v2"].losses[5], rel=1e-6)
 
 
 @pytest.mark.parametrize("engine", ["single", *SHARDED])
@@ -68,8 +67,9 @@ def test_frozen_tensors_keep_their_bits(found: Results, engine: str, case: str) 
     mine = found[engine][case]
     assert mine.changed == []
     frozen_a = [name for name in mine.before if name.endswith(("lora_A", "start_A", "start_B"))]
-    expected = {"delta": 14, "v2": 28, "v1": 28, "lora": 0}[next(k for k in ("v1", "v2", "lora", "delta") if k in case or k == "delta")]
-    assert len(frozen_a) == expected
+    adapter = CASES[case].changes["adapter"]
+    per_module = 0 if adapter.get("method") == "lora" else 2 if adapter.get("form") == "residual" else 1
+    assert len(frozen_a) == 14 * per_module
     reference = found["single"][case].before
     base = [name for name in mine.before if name not in frozen_a]
     assert set(base) == {name for name in reference if name not in frozen_a} and len(base) > 14

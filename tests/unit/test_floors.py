@@ -1,4 +1,4 @@
-"""The house stands: a room imports from its own floor or from lower ones, never in a circle, and some rooms stay alone."""
+"""The house stands: a room imports from its own floor or a lower one, never in a circle."""
 
 import ast
 from collections.abc import Iterator

@@ -171,7 +171,8 @@ def test_paths_count_from_the_recipe_and_on_the_command_line_from_here(
     here.mkdir()
     monkeypatch.chdir(here)
     recipe = load_recipe(
-        write(tmp_path, evaluation={"adaptation": {"path": "../up.jsonl"}}), ["data.path=./mine.jsonl", "output_dir=./o"]
+        write(tmp_path, evaluation={"adaptation": {"path": "../up.jsonl"}}),
+        ["data.path=./mine.jsonl", "output_dir=./o"],
     )
     assert recipe.base_model.path == str(tmp_path / "base")
     assert recipe.calibration.sources["facts"].path == str(tmp_path / "facts.jsonl")
@@ -226,9 +227,9 @@ def test_a_zero_config_that_cannot_be_read(tmp_path: Path) -> None:
 def test_a_loaded_recipe_does_not_change(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path))
     with pytest.raises(ValidationError):
-        recipe.adapter.rank = 3  # type: ignore[misc]
+        recipe.adapter.rank = 3
     with pytest.raises(ValidationError):
-        recipe.output_dir = "x"  # type: ignore[misc]
+        recipe.output_dir = "x"
 
 
 @pytest.mark.parametrize("name", SHIPPED)

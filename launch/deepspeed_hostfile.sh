@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# One recipe on several machines with DeepSpeed's launcher, which reaches them by ssh without a password. Run it on one:
+#
+#     launch/deepspeed_hostfile.sh my_hostfile llama3_70b_math
+#     launch/deepspeed_hostfile.sh my_hostfile llama3_70b_math train.micro_batch_size=2
+#
+# The hostfile lists the machines and their GPUs, as in launch/hostfile.example. Clone, environment, base and output_dir
+# lie under the same path on all of them. Variables that every machine needs go into ~/.deepspeed_env, NAME=value a line.
+set -euo pipefail
+
+hostfile=${1:?usage: $0 hostfile recipe [section.key=value ...]}
+recipe=${2:?usage: $0 hostfile recipe [section.key=value ...]}
+shift 2
+[ -r "$hostfile" ] || { echo "error: hostfile $hostfile: cannot be read" >&2; exit 2; }
+hostfile=$(realpath "$hostfile")
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+exec deepspeed --hostfile "$hostfile" launch/train.py --recipe "$recipe" "$@"
