@@ -31,7 +31,7 @@ help:
 	@echo "make clean   remove .venv and caches; runs/ stays"
 
 demo: $(READY)
-	@$(RUN) $(OFFLINE) DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 launch/train.py --recipe tiny_math
+	@$(RUN) $(OFFLINE) DS_ACCELERATOR=cpu deepspeed --quiet --num_accelerators 2 launch/train.py --recipe tiny_math
 
 test: $(READY)
 	@echo "== lint"; $(RUN) ruff check .; $(RUN) ruff format --check .

@@ -22,13 +22,14 @@ from nslora_dist.null_space import interference
 class Observation:
     """Sums over the tokens seen while adapters are measured instead of applied (METHODS.md §1c, by a forward pass).
 
-    ``mask`` is the current batch's (b, s) bool of real tokens, None for all. ``update`` and ``output`` map a module
-    name to Σ‖ΔW x‖² and Σ‖W x‖², float64 scalars on the module's device.
+    ``mask`` is the current batch's (b, s) bool of real tokens, None for all. ``update``, ``output`` and ``input`` map a
+    module name to Σ‖ΔW x‖², Σ‖W x‖² and Σ‖x‖², float64 scalars on the module's device.
     """
 
     mask: Tensor | None = None
     update: dict[str, Tensor] = field(default_factory=dict)
     output: dict[str, Tensor] = field(default_factory=dict)
+    input: dict[str, Tensor] = field(default_factory=dict)
 
 
 class AdaptedLinear(nn.Module):
@@ -97,9 +98,7 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) → (..., d_out), the base's dtype."""
         if self.observation is not None:
-            y = self.base(x)
-            self._observe(self.observation, x, y)
-            return y
+            return self._observe(self.observation, x)
         if self.measure:
             self._measure_interference()
         # The base adds the update to its own product: only inside its forward is its weight gathered.
@@ -129,14 +128,20 @@ class AdaptedLinear(nn.Module):
             self.interference[name] = interference(gram, self.scale * b, self.references[name])
 
     @torch.no_grad()
-    def _observe(self, seen: Observation, x: Tensor, y: Tensor) -> None:
-        bias = getattr(self.base, "bias", None)
-        update, output = self.update(x), y if bias is None else y - bias
+    def _observe(self, seen: Observation, x: Tensor) -> Tensor:
+        products: list[Tensor] = []
+        self.base.watch = products.append  # type: ignore[assignment]
+        try:
+            y: Tensor = self.base(x)
+        finally:
+            self.base.watch = None  # type: ignore[assignment]
+        update, output = self.update(x), products[0]
         if seen.mask is not None:
-            update, output = update[seen.mask], output[seen.mask]
-        for sums, value in ((seen.update, update), (seen.output, output)):
+            update, output, x = update[seen.mask], output[seen.mask], x[seen.mask]
+        for sums, value in ((seen.update, update), (seen.output, output), (seen.input, x)):
             energy = value.float().square().sum(dtype=torch.float64)
             sums[self.name] = sums[self.name] + energy if self.name in sums else energy
+        return y
 
 
 def adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:

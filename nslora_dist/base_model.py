@@ -6,7 +6,7 @@ shards and one block, in bfloat16 as in 4 bits. ``bitsandbytes`` is imported her
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,11 @@ class InputGroup:
 
 
 class FrozenLinear(nn.Module):
-    """A linear without gradient, dense or packed to 4 bits; it keeps no activations for backward."""
+    """A linear without gradient, dense or packed to 4 bits; it keeps no activations for backward.
+
+    ``watch``, where set, is given every product W x before bias and update are added: only inside this module's own
+    forward pass is a sharded bias whole, and taking one off again afterwards would cost digits.
+    """
 
     def __init__(self, linear: nn.Linear, *, quantized: bool, dtype: torch.dtype) -> None:
         """Takes the shape of ``linear`` on the meta device; ``fill`` gives it values."""
@@ -71,6 +75,7 @@ class FrozenLinear(nn.Module):
         self.quantized = quantized
         self.dtype = dtype
         self.quant_state: Any = None
+        self.watch: Callable[[Tensor], None] | None = None
         shape: tuple[int, ...] = (self.out_features, self.in_features)
         if quantized:
             # Two values a byte, stored as the engine's parameter dtype so that shards mix with bfloat16 ones.
@@ -104,6 +109,11 @@ class FrozenLinear(nn.Module):
     def forward(self, x: Tensor, *, update: LowRank | None = None) -> Tensor:
         """(..., d_in) → (..., d_out), an adapter's update added."""
         unpack = self.dense if self.quantized else None
+        if self.watch is not None:
+            product = frozen_linear(x, self.weight, None, unpack=unpack)
+            self.watch(product)
+            if update is None:
+                return product if self.bias is None else product + self.bias
         return frozen_linear(x, self.weight, self.bias, unpack=unpack, update=update)
 
 

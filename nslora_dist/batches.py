@@ -24,6 +24,7 @@ class Batch:
         position_ids: (b, s), restarting at 0 for each sample of a packed row and for its padding; else None.
         labels: (b, s), not shifted: the token itself where it is scored, -100 elsewhere.
         unmasked_padding: Pad tokens that no ``attention_mask`` marks: in packed rows, and in rows that only fill up.
+        samples: For each row the numbers of the samples in it, for messages; empty where nobody asked.
     """
 
     input_ids: Tensor
@@ -31,6 +32,7 @@ class Batch:
     position_ids: Tensor | None
     labels: Tensor
     unmasked_padding: int = 0
+    samples: tuple[tuple[int, ...], ...] = ()
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on another device."""

@@ -240,7 +240,7 @@ def _padded(samples: Samples, rows: np.ndarray, pad: int) -> Batch:
         return filler(pad)
     ids, mask = pad_right([samples.ids(i) for i in rows], pad)
     labels, _ = pad_right([samples.labels(i) for i in rows], IGNORED)
-    return Batch(ids, mask, None, labels)
+    return Batch(ids, mask, None, labels, samples=tuple((int(i),) for i in rows))
 
 
 def _packed(samples: Samples, packs: list[list[int]], pad: int) -> Batch:
@@ -256,4 +256,5 @@ def _packed(samples: Samples, packs: list[list[int]], pad: int) -> Batch:
         sizes.append(ids.shape[1] - sum(sizes))
         positions[row] = torch.cat([torch.arange(size) for size in sizes])
     padding = 0 if mask is None else int((mask == 0).sum())
-    return Batch(ids, None, positions, labels, unmasked_padding=padding)
+    members_of = tuple(tuple(int(i) for i in pack_) for pack_ in packs)
+    return Batch(ids, None, positions, labels, unmasked_padding=padding, samples=members_of)

@@ -24,6 +24,9 @@ import torch
 from torch import Tensor
 
 _SHIFT_START = 16.0  # times the rounding of the median diagonal entry; below it a float32 factor nearly always fails
+_SHARP_SHIFT = (
+    2.0  # the same for the float64 factor of a float32 Gram, which only has to exceed the Gram's own rounding
+)
 _SHIFT_GROWTH = (1.0, 8.0, 64.0, 4096.0, 2.0**24)  # slow while a little more may do, then in leaps
 _MAX_STEPS = 8  # Krylov blocks before the corrections
 _MAX_CORRECTIONS = 4
@@ -79,8 +82,8 @@ def smallest_eigenpairs(gram: Tensor, *, rank: int, tolerance: float) -> Eigenpa
 
     - Backward error: V is exactly invariant for a matrix within 2‖GV − VΘ‖ of G; the root mean square residual must
       stay below the shift (rounding) or below the largest wanted eigenvalue.
-    - Leak: the last correction lowered Σθ by at most `tolerance` of it; or all wanted eigenvalues lie within the
-      rounding band around zero, where one null vector is as good as another.
+    - Leak: by how it fell, Σθ is at most `tolerance` of itself above its limit; or all wanted eigenvalues lie within
+      the rounding band around zero, where one null vector is as good as another.
 
     Args:
         gram: (d, d) symmetric, positive semi-definite up to rounding, float32 or float64, d ≥ 10 · block_size(rank).
@@ -107,6 +110,7 @@ class _Search:
         self.unit = typical * torch.finfo(gram.dtype).eps / 2
         self.floor = 4 * torch.finfo(torch.float64).eps * float(gram.diagonal().double().sum())  # of the projections
         self.noise = 0.0  # how far below zero the Ritz values reach
+        self.before = self.drop = float("inf")  # the last Σθ, and by how much it had fallen
         self.steps = 0
         self.shift = 0.0
         self.factor: Tensor | None = None
@@ -130,7 +134,8 @@ class _Search:
         for growth in _SHIFT_GROWTH:
             if self.factor is not None and shift * growth > self.shift / 2:
                 return False  # no better than the one in use
-            shifted = self.gram.to(dtype, copy=True).mul_(self.scale)
+            source = self.exact if dtype == self.exact.dtype else self.gram
+            shifted = source.to(dtype, copy=True).mul_(self.scale)
             shifted.diagonal().add_(shift * growth * self.scale)
             factor, info = torch.linalg.cholesky_ex(shifted)
             if int(info) == 0 and bool(torch.isfinite(factor.diagonal()).all()):
@@ -142,7 +147,7 @@ class _Search:
         """Exchanges a float32 factor for a float64 one with a smaller shift. False where there is nothing to gain."""
         if self.factor is None or self.factor.dtype == torch.float64:
             return False
-        return self._refactor(torch.float64, max(2 * self.noise, self.unit / 2))
+        return self._refactor(torch.float64, max(2 * self.noise, _SHARP_SHIFT * self.unit))
 
     def _solve(self, block: Tensor) -> Tensor:
         """(G + shift·I)⁻¹ block: (d, p) float64 → same. Unit columns on the way, so that tiny ones survive float32."""
@@ -151,17 +156,20 @@ class _Search:
         half = torch.linalg.solve_triangular(self.factor, (block / length).to(self.factor.dtype), upper=False)
         return torch.linalg.solve_triangular(self.factor.mT, half, upper=True).double() * (length * self.scale)
 
-    def _settled(self, excess: float, values: Tensor) -> bool:
+    def _settled(self, values: Tensor, tolerance: float) -> bool:
         """True where Σθ is still too high by a small part of itself only, or all wanted values are rounding."""
+        now = float(values[: self.rank].sum())
+        drop, last_drop = max(self.before - now, 0.0), self.drop
+        self.before, self.drop = now, drop
+        # Drops shrink about geometrically, so what is left to gain is the geometric tail of the last two.
+        excess = drop * drop / (last_drop - drop) if drop < last_drop < float("inf") else drop
         self.noise = max(0.0, -float(values[0]))
         band = max(self.noise, self.floor)
-        if float(values[self.rank - 1]) <= band:
-            return True
-        return excess <= self.tolerance * (float(values[: self.rank].sum()) + self.rank * band)
+        return float(values[self.rank - 1]) <= band or excess <= tolerance * (now + self.rank * band)
 
     def _expand(self, block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Grows the Krylov space until the wanted Ritz values settle: (d, p) vectors, (p,) values, (d, p) residual."""
-        before, last_drop = float("inf"), float("inf")
+        self.before = self.drop = float("inf")
         for step in range(_MAX_STEPS):
             self.steps += 1
             for _ in range(2):  # twice is enough to be orthonormal to rounding
@@ -172,15 +180,11 @@ class _Search:
             values, rotation = values[: block.shape[1]], rotation[:, : block.shape[1]]
             vectors = self.space @ rotation
             residual = self.image @ rotation - vectors * values
-            now = float(values[: self.rank].sum())
-            drop = max(before - now, 0.0)
-            # Drops shrink about geometrically, so what is left to gain is the geometric tail of the last two.
-            tail = drop * drop / (last_drop - drop) if drop < last_drop < float("inf") else drop
-            if self._settled(tail, values) or step == _MAX_STEPS - 1:
+            # Twice the tolerance, because the correction that follows at least halves the excess, and is judged itself.
+            if self._settled(values, 2 * self.tolerance) or step == _MAX_STEPS - 1:
                 break
             if float(values[self.rank - 1]) < self.shift:
                 self._sharpen()
-            before, last_drop = now, drop
             block = self._solve(residual)
         return vectors, values, residual
 
@@ -189,12 +193,11 @@ class _Search:
         self.vectors, values, residual = ritz
         for _ in range(_MAX_CORRECTIONS):
             self.steps += 1
-            before = float(values[: self.rank].sum())
             self.vectors, values, residual = self._rotate(self.vectors - self._solve(residual))
             error = float(residual[:, : self.rank].norm())
             invariant = error <= self.rank**0.5 * max(self.shift, float(values[self.rank - 1]))
-            if self._settled(before - float(values[: self.rank].sum()), values) and invariant:
-                relative = error / float(torch.linalg.vector_norm(self.gram, dtype=torch.float64))
+            if self._settled(values, self.tolerance) and invariant:
+                relative = error / float(torch.linalg.vector_norm(self.exact, dtype=torch.float64))
                 return Eigenpairs(self.vectors[:, : self.rank], values[: self.rank], self.steps, relative)
         return None
 

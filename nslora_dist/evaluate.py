@@ -91,11 +91,11 @@ def forward_interference(
     number from r × r matrices.
 
     Returns:
-        name → module → () float64. The mixture of the sources, each counted by weight over its own output energy,
-        stands under ``calibration``.
+        name → module → () float64. The mixture of the sources, in which a source counts by its weight over the energy
+        of its inputs, as its Gram does in METHODS.md §1d, stands under ``calibration``.
     """
     found: dict[str, dict[str, Tensor]] = {}
-    weights = {text.name: text.weight for text in texts if text.weight is not None}
+    mixed: dict[str, Tensor] = {}
     for text in texts:
         batches = text_batches(text.calibration, batch_size=batch_size, rank=dist.rank(), world_size=dist.world_size())
         with observed(engine.model) as seen:
@@ -104,16 +104,15 @@ def forward_interference(
                 seen.mask = (real.bool() & (batch.unmasked_padding == 0)).to(device)
                 engine.matches(batch.to(device))
         names = list(seen.update)
-        sums = torch.stack([torch.stack([seen.update[name], seen.output[name]]) for name in names])
+        sums = torch.stack([torch.stack([seen.update[name], seen.output[name], seen.input[name]]) for name in names])
         dist.all_reduce(sums)
-        found[text.name] = {name: (pair[0] / pair[1]).sqrt() for name, pair in zip(names, sums, strict=True)}
-    whole = sum(weights.values())
-    found[MIXTURE] = {
-        module: torch.stack([weight / whole * found[name][module] ** 2 for name, weight in weights.items()])
-        .sum()
-        .sqrt()
-        for module in adapted_linears(engine.model)
-    }
+        found[text.name] = {}
+        for name, (update, output, energy) in zip(names, sums, strict=True):
+            found[text.name][name] = (update / output).sqrt()
+            if text.weight is not None:
+                share = text.weight / energy * torch.stack([update, output])
+                mixed[name] = mixed[name] + share if name in mixed else share
+    found[MIXTURE] = {name: (update / output).sqrt() for name, (update, output) in mixed.items()}
     return found
 
 

@@ -37,7 +37,7 @@ class NullBasis:
 
 
 def null_basis(
-    gram: Tensor, *, rank: int, method: Literal["eigh", "fast"] = "eigh", tolerance: float = 0.05
+    gram: Tensor, *, rank: int, method: Literal["eigh", "fast"] = "eigh", tolerance: float = 0.1
 ) -> NullBasis:
     """Eigenvectors of a Gram matrix for its `rank` smallest eigenvalues (METHODS.md §1.2; LoRA-Null, arXiv 2503.02659).
 
@@ -47,15 +47,15 @@ def null_basis(
     d / 12) go to eigh at once. Where G is rank deficient by r or more, any r orthonormal null vectors are right, and
     the two methods give different ones of equal leak. The sign of each vector makes its largest entry positive.
 
-    Memory beyond the Gram: eigh three float64 matrices of its size; fast one factor of its size and dtype (float64 if
-    ill-conditioned) and, up to d = 8192, a float64 copy.
+    Memory beyond the Gram: eigh three float64 matrices of its size; fast one factor of its size and dtype, twice
+    that while factoring (float64 if ill-conditioned), and, up to d = 8192, a float64 copy.
 
     Args:
         gram: (d_in, d_in) symmetric positive semi-definite up to rounding, float32 or float64, any device.
         rank: r, from 1 to d_in.
         method: "eigh" or "fast".
         tolerance: Fast only: by what part the leak may exceed the smallest possible one, as estimated from the
-            convergence; 0.05 keeps the leak on held-out activations well within 1.1 times that of eigh.
+            convergence. The last correction usually leaves far less: 1.00 to 1.02 was measured on held-out activations.
 
     Returns:
         The basis, on the Gram's device.
@@ -71,7 +71,7 @@ def null_basis(
     if method not in ("eigh", "fast"):
         raise ValueError(f"unknown solver method {method!r}: choose 'eigh' or 'fast'.")
     if not 0.0 < tolerance < 1.0:
-        raise ValueError(f"tolerance {tolerance} is outside (0, 1): 0.05 suits most uses.")
+        raise ValueError(f"tolerance {tolerance} is outside (0, 1): 0.1 suits most uses.")
     label = "eigh"
     if method == "fast" and d >= max(_FAST_MIN_WIDTH, 10 * block_size(rank)):
         found = smallest_eigenpairs(gram, rank=rank, tolerance=tolerance)

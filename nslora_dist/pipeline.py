@@ -46,10 +46,10 @@ class Run:
     """One recipe on its way; each stage leaves its result in the run's folder or on the instance."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        """Checks everything that can be checked without weights, then claims the run folder.
+        """Checks everything that calibration needs and that can be checked without weights; writes nothing.
 
         Raises:
-            UserError: whatever is wrong with the recipe, the model's config, the data or the folder.
+            UserError: whatever is wrong with the recipe, the model's config or the calibration texts.
         """
         self.recipe, self.device = recipe, device
         self.folder = Path(recipe.output_dir)
@@ -63,7 +63,6 @@ class Run:
         with self.phase("data"):
             self.tokenizer = load_tokenizer(recipe.base_model)
             self.texts = calibration_texts(recipe.calibration, self.tokenizer)
-        claim_folder(recipe)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -128,9 +127,15 @@ class Run:
             The report.
         """
         recipe = self.recipe
+        baselines = {name: recipe.arm(name) for name in recipe.evaluation.baselines}
+        for arm in baselines.values():  # now, and not after hours of training the first arm
+            arm.train.accumulation(dist.world_size())
+            self._groups(arm)
+            _fits(arm, recipe)
         with self.phase("data"):
             data = TrainingData.load(recipe.data, recipe.train, self.tokenizer)
             sets = EvaluationSets.load(recipe.evaluation, self.tokenizer)
+        claim_folder(recipe)
         null_space = self.null_space() if recipe.adapter.method == "lora_null" else None
         report: dict[str, Any] = {
             "recipe": recipe.model_dump(mode="json"),
@@ -155,8 +160,7 @@ class Run:
             "grad_norms": trained.grad_norms,
             "tokens_per_second": trained.tokens_per_second,
         }
-        for name in recipe.evaluation.baselines:
-            arm = recipe.arm(name)
+        for name, arm in baselines.items():
             arm_data = data if arm.train == recipe.train else TrainingData.load(arm.data, arm.train, self.tokenizer)
             self._arm(arm, name, null_space if _fits(arm, recipe) else None, arm_data, sets, report)
         memory = torch.tensor([peak_memory()], dtype=torch.int64, device=self.device)
@@ -362,6 +366,7 @@ def run_training(recipe: Recipe, device: torch.device) -> None:
 def run_calibration(recipe: Recipe, device: torch.device) -> None:
     """``launch/calibrate.py``: writes ``null_space/`` and stops."""
     run = Run(recipe, device)
+    claim_folder(recipe)
     leak = run.null_space().leak()
     if dist.is_main():
         print(f"null space: {run.folder / 'null_space'}; leak {leak}")

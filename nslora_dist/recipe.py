@@ -258,6 +258,8 @@ class Recipe(Section):
         if self.engine.name != "zero3" and self.engine.config is not None:
             raise ValueError(f"engine.config is a DeepSpeed file, engine.name is '{self.engine.name}': leave it out")
         for name in self.evaluation.baselines:
+            if name in ("base", self.arm_name):
+                raise ValueError(f"evaluation.baselines.{name}: that name is taken in the report; choose another")
             self.arm(name)
         return self
 

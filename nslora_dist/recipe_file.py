@@ -42,10 +42,12 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     tree.setdefault("output_dir", f"runs/{tree['name']}")
     for override in overrides:
         _apply(tree, override)
+    keys = [override.split("=", 1)[0] for override in overrides]
+    if "engine.name" in keys and "engine.config" not in keys and tree["engine"]["name"] != "zero3":
+        tree["engine"].pop("config", None)  # the recipe's file was for the engine that the command line replaces
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        keys = [o.split("=", 1)[0] for o in overrides]
         raise UserError(explain(error, Recipe, origin=str(path), overridden=keys)) from error
 
 

@@ -152,7 +152,12 @@ def _blame(engine: Engine, batches: Sequence[Batch], *, step: int, device: torch
         finally:
             for hook in hooks:
                 hook.remove()
-    mine = f"rank {dist.rank()}, micro-batch {found[0][0]}, row {found[0][2]}, module {found[0][1]}" if found else None
+    mine = None
+    if found:
+        number, name, row = found[0]
+        samples = batches[number].samples
+        which = f", sample {', '.join(map(str, samples[row]))} of data.path" if row < len(samples) else ""
+        mine = f"rank {dist.rank()}, micro-batch {number}, row {row}, module {name}{which}"
     everyone: list[str | None] = [mine]
     if dist.world_size() > 1:
         everyone = [None] * dist.world_size()

@@ -5,14 +5,15 @@ small one Uᵀ X Xᵀ U. Beside either, Σ‖W x‖² of every module is read of
 with a weight.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nslora_dist.base_model import InputGroup
+from nslora_dist.base_model import FrozenLinear, InputGroup
 from nslora_dist.batches import Batch
 
 LEAF = {"cpu": 128, "cuda": 2048}
@@ -109,6 +110,16 @@ def mirror(gram: Tensor) -> None:
             gram[columns, rows] = gram[rows, columns].T
 
 
+def _output_hook(add: Callable[[Tensor], None]) -> Any:
+    """For a plain linear: its output with the bias taken off."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        bias = getattr(module, "bias", None)
+        add(output if bias is None else output - bias)
+
+    return hook
+
+
 class Collector:
     """Forward hooks that feed one ``GroupSums`` per group while batches run through a model or a block."""
 
@@ -128,25 +139,35 @@ class Collector:
     def attached(self, model: nn.Module, *, prefix: str = "") -> Iterator[None]:
         """Hooks onto the groups' modules, found by name in ``model``, or in its part named ``prefix``, while open."""
         hooks = []
+        watched: list[FrozenLinear] = []
         for group in self.groups:
             for position, shape in enumerate(group.modules):
                 module = model.get_submodule(shape.name.removeprefix(f"{prefix}.") if prefix else shape.name)
-                hooks.append(module.register_forward_hook(self._hook(group.name, shape.name, position == 0)))
+                if position == 0:
+                    hooks.append(module.register_forward_pre_hook(self._input_hook(group.name)))
+                product = getattr(module, "base", module)  # of an adapted linear, the base's own
+                add = functools.partial(self._add_output, group.name, shape.name)
+                if isinstance(product, FrozenLinear):
+                    product.watch = add
+                    watched.append(product)
+                else:
+                    hooks.append(product.register_forward_hook(_output_hook(add)))
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+            for frozen in watched:
+                frozen.watch = None
 
-    def _hook(self, group: str, name: str, first: bool) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            sums = self.sums[group]
-            if first:
-                sums.add_input(self._tokens(args[0]), batch=self.batch)
-            bias = getattr(module, "bias", None)
-            sums.add_output(name, self._tokens(output if bias is None else output - bias))
+    def _input_hook(self, group: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.sums[group].add_input(self._tokens(args[0]), batch=self.batch)
 
         return hook
+
+    def _add_output(self, group: str, name: str, product: Tensor) -> None:
+        self.sums[group].add_output(name, self._tokens(product))
 
     def _tokens(self, x: Tensor) -> Tensor:
         """(b, s, d) → (n, d) of the real tokens."""

@@ -63,6 +63,11 @@ class Zero3Engine:
             # mem_efficient_linear would replace F.linear everywhere by one that keeps the input of frozen weights too.
             _PartitionLocally(module=unit, config_dict_or_path=config, mem_efficient_linear=False)
 
+        # On a CPU DeepSpeed would compile an extension for minutes that tensor-parallel inference alone calls.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # On CPUs DeepSpeed would compile a shared-memory reduction first, a minute of C++ for each new environment;
+        # gloo does the same sums, and nothing here then needs a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=False)
         self.model = job.model
         root = prepare(job, recipe, shard)

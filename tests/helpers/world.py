@@ -172,7 +172,13 @@ def make_recipe(texts: Path, base: Path, output: Path, **changes: Any) -> Recipe
 
 
 def zero_config(folder: Path, **knobs: Any) -> Path:
-    """A DeepSpeed file that partitions every parameter; by default toy ones would all be kept whole."""
+    """A DeepSpeed file that partitions every parameter and frees it after use; by default toy ones would stay whole."""
     path = folder / "zero.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0} | knobs}))
+    strict = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+    }
+    path.write_text(json.dumps({"zero_optimization": strict | knobs}))
     return path

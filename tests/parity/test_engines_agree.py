@@ -39,7 +39,7 @@ def test_training_is_not_trivial(found: Results) -> None:
     delta = found["single"]["delta"]
     assert max(delta.norms) > 0.06 * 1.2, "train.max_grad_norm 0.06 hardly clipped"
     losses, without_decay = delta.losses, found["single"]["delta_no_decay"].losses
-    assert losses[-1] < losses[0] - 0.3
+    assert sum(losses[-5:]) < sum(losses[:5]) - 5 * 0.04
     assert losses != pytest.approx(without_decay, rel=1e-5), "weight decay did nothing"
 
 

@@ -148,6 +148,15 @@ def test_overrides_replace_and_add(tmp_path: Path) -> None:
     assert recipe.output_dir == "elsewhere"
 
 
+def test_another_engine_on_the_command_line_leaves_the_zero_file_behind() -> None:
+    assert load_recipe("tiny_math").engine.config is not None
+    for name in ("single", "fsdp2"):
+        assert load_recipe("tiny_math", [f"engine.name={name}"]).engine.config is None
+    assert load_recipe("tiny_math", ["engine.name=zero3"]).engine.config is not None
+    with pytest.raises(UserError, match=r"engine\.config is a DeepSpeed file"):
+        load_recipe("tiny_math", ["engine.name=single", "engine.config=x.json"])
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -253,6 +262,7 @@ def test_baselines_are_arms_of_their_own(tmp_path: Path) -> None:
     assert arm.evaluation.baselines == {}
     assert recipe.arm("frozen_random").adapter.a_is_frozen
     assert recipe.adapter.a_is_frozen
+    assert "that name is taken" in complaint(tmp_path, evaluation={"baselines": {"null_space": {}}})
     message = complaint(tmp_path, evaluation={"baselines": {"bad": {"adapter": {"rnak": 4}}}})
     assert "evaluation.baselines.bad: adapter.rnak: unknown key (did you mean 'rank'?)" in message
 

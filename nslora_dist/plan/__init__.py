@@ -1,0 +1,1 @@
+"""Memory, traffic and time of a recipe on a cluster, on paper."""

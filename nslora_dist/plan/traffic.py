@@ -1,0 +1,228 @@
+"""Bytes on the wire, collective by collective, as the implementation issues them.
+
+``Traffic.bytes`` is the payload as a counter at the collective sees it: the whole gathered output of an all-gather, the
+whole input of a reduce-scatter, the tensor of an all-reduce, reduce or broadcast. What a rank then sends and receives
+follows from the ring algorithms (``sent``). Small Python objects (``dist.share``, ``dist.together``) are not counted.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from nslora_dist.calibration.solve import SPECTRUM_WIDTH
+from nslora_dist.plan.shapes import Param, Shapes, Unit, is_adapter
+from nslora_dist.recipe import Recipe
+
+FLOAT32, FLOAT64 = 4, 8
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """All calls of one collective in a stretch of the run.
+
+    Attributes:
+        collective: ``all_gather``, ``reduce_scatter``, ``all_reduce``, ``reduce`` or ``broadcast``.
+        calls: number of calls.
+        bytes: payload of all calls together.
+    """
+
+    collective: str
+    calls: float
+    bytes: float
+
+    def sent(self, world_size: int) -> float:
+        """Bytes a rank sends in a ring, and as many it receives.
+
+        All-gather and reduce-scatter (n − 1)/n of the payload, an all-reduce both; a reduce or broadcast is a chain in
+        which every rank but the last passes the whole payload on.
+        """
+        share = (world_size - 1) / world_size
+        match self.collective:
+            case "all_reduce":
+                return 2 * share * self.bytes
+            case "all_gather" | "reduce_scatter":
+                return share * self.bytes
+            case _:
+                return self.bytes if world_size > 1 else 0.0
+
+
+def total(traffic: Iterable[Traffic]) -> list[Traffic]:
+    """The same, one entry a collective."""
+    sums: dict[str, tuple[float, float]] = {}
+    for one in traffic:
+        calls, size = sums.get(one.collective, (0, 0))
+        sums[one.collective] = calls + one.calls, size + one.bytes
+    return [Traffic(name, calls, size) for name, (calls, size) in sums.items() if calls]
+
+
+def times(traffic: Iterable[Traffic], count: float) -> list[Traffic]:
+    """``count`` repetitions."""
+    return [Traffic(one.collective, one.calls * count, one.bytes * count) for one in traffic]
+
+
+def sent_bytes(traffic: Iterable[Traffic], world_size: int) -> float:
+    """Bytes a rank sends over all collectives."""
+    return sum(one.sent(world_size) for one in traffic)
+
+
+def padded(numel: int, world_size: int) -> int:
+    """``numel`` rounded up to a multiple of the ranks."""
+    return -(-numel // world_size) * world_size
+
+
+def padded_rows(param: Param, world_size: int) -> int:
+    """Elements of a parameter whose first dimension is rounded up to a multiple of the ranks (FSDP2's ``Shard(0)``)."""
+    return padded(param.shape[0], world_size) * (param.numel // param.shape[0])
+
+
+@dataclass(frozen=True)
+class Texts:
+    """How many sets of texts calibration runs: ``held`` of the sources keep some back (``heldout_fraction``)."""
+
+    sources: int
+    held: int
+    probes: int
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Texts":
+        """By the recipe, assuming that every source has at least two sequences."""
+        section = recipe.calibration
+        sources = len(section.sources)
+        return cls(sources, sources if section.heldout_fraction else 0, len(section.probes))
+
+    @property
+    def grams(self) -> int:
+        """Small Grams a group keeps: every source, their mixture, every probe."""
+        return self.sources + 1 + self.probes
+
+
+def solution_sizes(shapes: Shapes, width: int, outputs: Sequence[int], sources: int) -> list[int]:
+    """Bytes of each tensor that a group's owner sends round (``Solution.tensors``), in order, empty ones left out."""
+    adapter = shapes.adapter
+    rank = adapter.rank
+    sizes = [
+        width * rank * FLOAT32,  # basis
+        (3 + rank) * FLOAT64,  # facts
+        (sources + 1) * rank * rank * FLOAT32,  # update_grams
+        (len(outputs) if adapter.projected else 0) * rank * rank * FLOAT32,  # mixes
+        (width if width <= SPECTRUM_WIDTH else 0) * FLOAT64,  # spectrum
+        *(d_out * rank * FLOAT32 for d_out in outputs if adapter.residual),  # start_b
+    ]
+    return [size for size in sizes if size]
+
+
+def calibration(shapes: Shapes, texts: Texts, world_size: int) -> list[Traffic]:
+    """The whole calibration pass (``Calibration``), exact.
+
+    Per block, group and set of texts one all-reduce of 1 + modules float64 (``_pass``); per source one reduce of the
+    packed triangle d(d + 1)/2 in float32 to the owner (``_sources``); the solution's tensors broadcast (``_finish``); an
+    all-reduce of the (r, r) Gram per probe and of one float32 per held-out set (``_record_measured``).
+    """
+    if world_size == 1 or not shapes.adapter.null_space:
+        return []
+    passes = texts.sources + texts.held + texts.probes
+    rank = shapes.adapter.rank
+    found: list[Traffic] = []
+    for group in shapes.groups:
+        triangle = group.width * (group.width + 1) // 2 * FLOAT32
+        solution = solution_sizes(shapes, group.width, group.outputs, texts.sources)
+        found += [
+            Traffic("all_reduce", passes, passes * (1 + len(group.outputs)) * FLOAT64),
+            Traffic("reduce", texts.sources, texts.sources * triangle),
+            Traffic("broadcast", len(solution), sum(solution)),
+            Traffic("all_reduce", texts.probes, texts.probes * rank * rank * FLOAT32),
+            Traffic("all_reduce", texts.held, texts.held * FLOAT32),
+        ]
+    return total(times(found, shapes.layers))
+
+
+def start_broadcasts(shapes: Shapes, texts: Texts, world_size: int) -> list[Traffic]:
+    """Rank 0 sends every module's start while the model is loaded (``NullSpace.start``), exact.
+
+    The group's basis and small Grams travel once for *each* of its modules.
+    """
+    adapter = shapes.adapter
+    if world_size == 1 or not adapter.null_space:
+        return []
+    square = adapter.rank * adapter.rank * FLOAT32
+    found = []
+    for group in shapes.groups:
+        for d_out in group.outputs:
+            found.append(
+                Traffic("broadcast", 1 + texts.grams, group.width * adapter.rank * FLOAT32 + texts.grams * square)
+            )
+            if adapter.projected:
+                found.append(Traffic("broadcast", 1, square))
+            if adapter.residual:
+                found.append(Traffic("broadcast", 1, d_out * adapter.rank * FLOAT32))
+    return total(times(found, shapes.layers))
+
+
+def fsdp2_units(shapes: Shapes) -> list[Unit]:
+    """FSDP2's parameter groups: every unit on its own, but the final norm and a tied embedding with the root's."""
+    root = [u for u in shapes.units if u.name == "model.norm" or (shapes.tied and u.name == "model.embed_tokens")]
+    rest = [u for u in shapes.units if u not in root]
+    return [Unit("", tuple(p for u in root for p in u.params)), *rest]
+
+
+def fsdp2_gather(unit: Unit, shapes: Shapes, world_size: int) -> int:
+    """Bytes of one unit's all-gather: every row-padded parameter in the compute dtype (``MixedPrecisionPolicy``)."""
+    return sum(padded_rows(p, world_size) for p in unit.params) * shapes.compute
+
+
+def fsdp2_forward(shapes: Shapes, world_size: int) -> list[Traffic]:
+    """One forward pass: each unit is gathered once; also an evaluation batch."""
+    if world_size == 1:
+        return []
+    units = fsdp2_units(shapes)
+    return [Traffic("all_gather", len(units), sum(fsdp2_gather(u, shapes, world_size) for u in units))]
+
+
+def fsdp2_micro_batch(shapes: Shapes, world_size: int) -> list[Traffic]:
+    """Forward and backward of one micro-batch, exact.
+
+    The root's group stays gathered through backward; every other one is gathered again, the head because its output
+    takes a gradient and the embedding because the first block's backward prefetches what ran before it. Gradients of
+    each unit with trained parameters are reduced in float32, rows padded.
+    """
+    if world_size == 1:
+        return []
+    units = fsdp2_units(shapes)
+    again = units[1:]
+    reduced = [u for u in units if any(p.trained for p in u.params)]
+    return [
+        *fsdp2_forward(shapes, world_size),
+        Traffic("all_gather", len(again), sum(fsdp2_gather(u, shapes, world_size) for u in again)),
+        Traffic(
+            "reduce_scatter",
+            len(reduced),
+            sum(padded_rows(p, world_size) for u in reduced for p in u.params if p.trained) * FLOAT32,
+        ),
+    ]
+
+
+def step_end(shapes: Shapes, world_size: int, engine: str) -> list[Traffic]:
+    """What an optimizer step adds: the trainer's token counts and loss, and the gradient norm.
+
+    FSDP2 reduces the norms of all parameters in one vector; ZeRO-3 one float64. Its persistent parameters come on top
+    (``zero3.Steady``).
+    """
+    if world_size == 1:
+        return []
+    norm = len(shapes.trained) * FLOAT32 if engine == "fsdp2" else FLOAT64
+    return [Traffic("all_reduce", 3, 2 * FLOAT64 + FLOAT64 + norm)]
+
+
+def export(shapes: Shapes, world_size: int, engine: str, *, resident: int = 0) -> list[Traffic]:
+    """Every adapter parameter gathered on its own (``Engine.gather``): in float32 where it trains.
+
+    FSDP2 pads rows, ZeRO-3 elements; ZeRO-3 has frozen parameters of up to ``resident`` elements (the persistence
+    threshold) on every rank already.
+    """
+    if world_size == 1:
+        return []
+    found = []
+    for param in shapes.params:
+        if is_adapter(param.name) and (param.trained or param.numel > resident):
+            rows = padded_rows(param, world_size) if engine == "fsdp2" else padded(param.numel, world_size)
+            found.append(Traffic("all_gather", 1, rows * (FLOAT32 if param.trained else param.itemsize)))
+    return total(found)

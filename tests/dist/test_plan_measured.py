@@ -1,0 +1,222 @@
+"""The plan against what toy runs do: bytes counted at every collective, exactly, and live tensor bytes."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import world
+from helpers.ranks import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nslora_dist.plan import traffic, zero3
+from nslora_dist.plan.shapes import Shapes, shapes_of
+from nslora_dist.recipe import Recipe
+
+NAMES = {
+    "allreduce_": "all_reduce",
+    "all_reduce": "all_reduce",
+    "reduce_": "reduce",
+    "broadcast_": "broadcast",
+    "_allgather_base_": "all_gather",
+    "all_gather_into_tensor": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_tensor": "reduce_scatter",
+}
+Counts = dict[str, tuple[int, int]]
+
+
+class Collectives(TorchDispatchMode):
+    """Counts every collective where it enters the process group, whoever calls it: payload bytes and calls by kind.
+
+    Python objects sent as tensors (``broadcast_object_list``, ``all_gather_object``), barriers and DeepSpeed's int64
+    comparison of its traces go to ``others``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, list[int]] = {}
+        self.others = 0
+        self.objects = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, torch.distributed.tensor.DTensor) for kind in types):
+            return NotImplemented  # its own dispatch first: the collectives inside are what counts
+        namespace, _, name = str(func).partition(".")
+        if namespace in ("c10d", "_c10d_functional"):
+            self._count(name.partition(".")[0], list(_tensors(args)))
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, name: str, tensors: list[torch.Tensor]) -> None:
+        if name in ("wait_tensor", "_wrap_tensor_autograd"):
+            return
+        if self.objects or name not in NAMES or tensors[0].dtype == torch.int64:
+            self.others += 1
+            return
+        size = max(t.numel() * t.element_size() for t in tensors)
+        if name == "all_gather_into_tensor":  # the functional form is given the rank's part alone
+            size *= torch.distributed.get_world_size()
+        entry = self.counts.setdefault(NAMES[name], [0, 0])
+        entry[0] += 1
+        entry[1] += size
+
+    def take(self) -> Counts:
+        """What was counted since the last call."""
+        taken = {name: (calls, size) for name, (calls, size) in self.counts.items()}
+        self.counts.clear()
+        return taken
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[Collectives]:
+    counter = Collectives()
+    functions = {name: getattr(torch.distributed, name) for name in ("broadcast_object_list", "all_gather_object")}
+
+    def marked(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counter.objects += 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                counter.objects -= 1
+
+        return call
+
+    try:
+        for name, function in functions.items():
+            setattr(torch.distributed, name, marked(function))
+        with counter:
+            yield counter
+    finally:
+        for name, function in functions.items():
+            setattr(torch.distributed, name, function)
+
+
+def measure_traffic(recipe: Recipe) -> dict[str, Any]:
+    """A run's stages on one rank, each with its counts; three optimizer steps, of which the last is reported."""
+    from helpers.stages import CPU
+
+    from nslora_dist import dist
+    from nslora_dist.adapter import adapted_linears
+    from nslora_dist.data import TrainingData
+    from nslora_dist.engines import start_engine
+    from nslora_dist.pipeline import Run
+
+    found: dict[str, Any] = {}
+    with counting() as counter:
+        run = Run(recipe, CPU)
+        space = run.null_space()
+        found["calibrate"] = counter.take()
+        data = TrainingData.load(recipe.data, recipe.train, run.tokenizer)
+        engine = start_engine(run._job(recipe, space), recipe)
+        found["load"] = counter.take()
+        for step in range(3):
+            batches = data.micro_batches(step, rank=dist.rank(), world_size=dist.world_size())
+            counter.take()
+            for batch in batches:
+                engine.backward(engine.forward(batch) / 8)
+            found["micro_batches"], found["count"] = counter.take(), len(batches)
+            engine.step(1e-3)
+            found["step"] = counter.take()
+        for module in adapted_linears(engine.model).values():
+            for parameter in (module.lora_A, module.lora_B, module.start_A, module.start_B):
+                if parameter is not None:
+                    engine.gather(parameter)
+        found["export"] = counter.take()
+        engine.matches(batches[0])
+        found["evaluate"] = counter.take()
+    engine.close()
+    return found
+
+
+def as_counts(planned: list[traffic.Traffic]) -> Counts:
+    return {one.collective: (int(one.calls), int(one.bytes)) for one in traffic.total(planned)}
+
+
+def less(counts: Counts, other: Counts) -> Counts:
+    pairs = {k: (counts[k][0] - other.get(k, (0, 0))[0], counts[k][1] - other.get(k, (0, 0))[1]) for k in counts}
+    return {name: pair for name, pair in pairs.items() if pair != (0, 0)}
+
+
+FSDP2 = {
+    "delta": {},
+    "checkpointing": {"train": {"activation_checkpointing": True}},
+    "bfloat16": {"base_model": {"dtype": "bfloat16"}},
+    "odd rank, A trained": {"adapter": {"rank": 7, "form": "residual", "freeze_a": False}},
+    "nf4": {"base_model": {"quantization": "nf4"}},
+    "plain lora, orthonormal": {"adapter": {"a_init": "orthonormal", "target_modules": ["q_proj", "down_proj"]}},
+    "spread, nothing held out": {"calibration": {"solver": {"method": "eigh", "placement": "spread"}, "heldout_fraction": 0.0}},
+}
+ZERO3 = {
+    "all partitioned": ({}, {}),
+    "tight": ({}, {"prefetch_bucket_size": 2000, "max_reuse_distance": 3000, "max_live_parameters": 20000}),
+    "no prefetch": ({}, {"prefetch_bucket_size": 0, "max_reuse_distance": 10000}),
+    "persistent": ({}, {"param_persistence_threshold": 1100, "max_reuse_distance": 20000}),
+    "checkpointing": (
+        {"train": {"activation_checkpointing": True}},
+        {"prefetch_bucket_size": 2000, "max_reuse_distance": 3000, "max_live_parameters": 20000},
+    ),
+    "bfloat16": ({"base_model": {"dtype": "bfloat16"}, "adapter": {"form": "residual", "freeze_a": False}}, {}),
+    "nf4, small buckets": (
+        {"base_model": {"quantization": "nf4"}, "train": {"activation_checkpointing": True}},
+        {"max_reuse_distance": 9000, "prefetch_bucket_size": 9000, "reduce_bucket_size": 2000},
+    ),
+}
+
+
+def toy(folder: Path, family: str, changes: dict[str, Any], engine: dict[str, Any]) -> tuple[Recipe, Shapes]:
+    world.make_texts(folder)
+    base = world.make_base(folder / "base", family)
+    recipe = world.make_recipe(folder, base, folder / "out", **world.merge(changes, {"engine": engine}))
+    return recipe, shapes_of(recipe)
+
+
+@pytest.mark.parametrize("case", FSDP2)
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_fsdp2_traffic(tmp_path: Path, case: str, family: str) -> None:
+    if family != "llama" and case != "delta":
+        pytest.skip("one case a family")
+    recipe, shapes = toy(tmp_path, family, FSDP2[case], {"name": "fsdp2"})
+    texts = traffic.Texts.of(recipe)
+    for found in run_ranks(measure_traffic, 2, recipe):
+        assert found["calibrate"] == as_counts(traffic.calibration(shapes, texts, 2))
+        assert found["load"] == as_counts(traffic.start_broadcasts(shapes, texts, 2))
+        one = traffic.fsdp2_micro_batch(shapes, 2)
+        assert found["micro_batches"] == as_counts(traffic.times(one, found["count"]))
+        # The trainer's two all-reduces are not in this loop: 2 + 1 float64.
+        assert less(as_counts(traffic.step_end(shapes, 2, "fsdp2")), {"all_reduce": (2, 24)}) == found["step"]
+        assert found["evaluate"] == as_counts(traffic.fsdp2_forward(shapes, 2))
+        assert found["export"] == as_counts(traffic.export(shapes, 2, "fsdp2"))
+
+
+@pytest.mark.parametrize("case", ZERO3)
+def test_zero3_traffic(tmp_path: Path, case: str) -> None:
+    changes, short = ZERO3[case]
+    long = {("" if name.startswith("reduce") else "stage3_") + name: value for name, value in short.items()}
+    config = world.zero_config(tmp_path, **long)
+    recipe, shapes = toy(tmp_path, "llama", changes, {"name": "zero3", "config": str(config)})
+    knobs = zero3.Knobs.of(json.loads(config.read_text()))
+    steady = zero3.steady(shapes, knobs, checkpointing=recipe.train.activation_checkpointing)
+    for found in run_ranks(measure_traffic, 2, recipe):
+        count = found["count"]
+        gathers = steady.traffic("first", 2) + traffic.times(steady.traffic("later", 2), count - 1)
+        reduces = traffic.times(zero3.reduce_scatter(shapes, knobs, 2), count)
+        assert found["micro_batches"] == as_counts(gathers + reduces)
+        ends = traffic.step_end(shapes, 2, "zero3") + steady.traffic("after_step", 2)
+        assert less(as_counts(ends), {"all_reduce": (2, 24)}) == found["step"]
+        assert found["export"] == as_counts(traffic.export(shapes, 2, "zero3", resident=knobs.persistence))
+        texts = traffic.Texts.of(recipe)
+        assert found["calibrate"] == as_counts(traffic.calibration(shapes, texts, 2))
+        starts = traffic.start_broadcasts(shapes, texts, 2) + zero3.start(shapes, 2)
+        assert found["load"] == as_counts(starts)
