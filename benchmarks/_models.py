@@ -19,7 +19,13 @@ INDEX = "model.safetensors.index.json"
 
 
 def llama_config(
-    *, hidden: int, intermediate: int, layers: int, vocabulary: int, heads: int | None = None, key_values: int | None = None
+    *,
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    vocabulary: int,
+    heads: int | None = None,
+    key_values: int | None = None,
 ) -> LlamaConfig:
     """A LLaMA of the sizes given; heads are 64 wide unless said otherwise."""
     heads = heads or max(1, hidden // 64)

@@ -142,9 +142,12 @@ def _run(
 ) -> None:
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world_size)}
     torch.set_num_threads(threads)
+    from tqdm import tqdm
+
     from nslora_dist.quiet import quiet
 
     quiet()
+    tqdm.set_lock(threading.RLock())  # its own would be a semaphore that outlives a process ended by os._exit
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.FileStore(store, world_size), rank=number, world_size=world_size
     )

@@ -189,7 +189,9 @@ def main() -> None:
     cli.add_argument("--batch", type=int, default=2)
     cli.add_argument("--ranks", type=int, nargs="+", default=[16, 128])
     cli.add_argument("--repeats", type=int, default=9)
-    cli.add_argument("--cases", nargs="+", choices=["float32", "bfloat16", "nf4"], default=["float32", "bfloat16", "nf4"])
+    cli.add_argument(
+        "--cases", nargs="+", choices=["float32", "bfloat16", "nf4"], default=["float32", "bfloat16", "nf4"]
+    )
     args = cli.parse_args()
     if args.quick:
         args.hidden, args.intermediate, args.layers, args.vocabulary = 128, 256, 2, 128

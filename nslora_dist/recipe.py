@@ -4,8 +4,6 @@ Every check that needs no weights lives here, so that a wrong recipe ends before
 ``recipe_file.py`` reads it from YAML.
 """
 
-import json
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -13,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from nslora_dist.errors import UserError
 from nslora_dist.explain import explain
+from nslora_dist.zero_file import read_zero_config
 
 LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ARM_NAMES = {"lora_null": "null_space", "lora": "lora"}
@@ -248,7 +247,7 @@ class Recipe(Section):
                 "set base_model.attention to sdpa or flash_attention_2"
             )
         if self.data.packing and base.attention == "flash_attention_2" and self.train.micro_batch_size > 1:
-            # transformers looks for packed samples only in batches of one row; in larger ones they would see each other.
+            # transformers looks for packed samples in batches of one row alone; in larger ones they see each other.
             raise ValueError(
                 "data.packing with flash_attention_2 keeps samples apart only in batches of one row: "
                 "set train.micro_batch_size: 1 and a longer data.max_length"
@@ -288,40 +287,20 @@ class Recipe(Section):
 
 
 def check_zero_config(recipe: Recipe) -> dict[str, Any]:
-    """Reads ``engine.config`` and refuses what contradicts the recipe.
-
-    Returns:
-        The DeepSpeed settings of the file.
+    """The ZeRO knobs of ``engine.config``.
 
     Raises:
-        ValueError: no such file, no JSON object, another stage than 3, or a value that the recipe sets otherwise.
+        ValueError: it cannot be read, or contradicts the recipe.
     """
     assert recipe.engine.config is not None
-    path = Path(recipe.engine.config)
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"engine.config {path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise ValueError(f"engine.config {path}: not JSON ({error})") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"engine.config {path}: must hold a JSON object")
-    bf16 = recipe.base_model.dtype == "bfloat16"
-    ours = {
-        "train_batch_size": recipe.train.global_batch_size,
-        "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
-        "gradient_clipping": recipe.train.max_grad_norm,
-        "bf16.enabled": bf16,
-        "fp16.enabled": False,
-        "zero_optimization.stage": 3,
-    }
-    for key, wanted in ours.items():
-        value: Any = settings
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is not None and value != wanted:
-            raise ValueError(f"engine.config {path}: {key} is {value!r}, the recipe says {wanted!r}; take it out there")
-    for key in ("optimizer", "scheduler", "gradient_accumulation_steps"):
-        if key in settings:
-            raise ValueError(f"engine.config {path}: '{key}' is set by the recipe's train section; take it out there")
-    return settings
+    return read_zero_config(
+        recipe.engine.config,
+        {
+            "train_batch_size": recipe.train.global_batch_size,
+            "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
+            "gradient_clipping": recipe.train.max_grad_norm,
+            "bf16.enabled": recipe.base_model.dtype == "bfloat16",
+            "fp16.enabled": False,
+            "zero_optimization.stage": 3,
+        },
+    )

@@ -23,6 +23,10 @@ A CPU's kernels are near their rate at 128; a GPU needs a few hundred output til
 """
 
 
+NONE_BAD = 2**62
+"""No batch had a value that is not finite."""
+
+
 class GroupSums:
     """Sums over tokens for one input group and one set of texts.
 
@@ -31,7 +35,8 @@ class GroupSums:
         update_gram: (r, r) float32 Σ z zᵀ with z = Uᵀ x; None in a full pass.
         energy: () float64 Σ‖x‖².
         outputs: module name → () float64 Σ‖W x‖².
-        first_bad: () int64, the first batch with a non-finite input; 2⁶²  while there is none.
+        first_bad: () int64, the first batch with a non-finite input; ``NONE_BAD`` while there is none.
+        first_bad_output: the same for the product of each module, whose weight may be at fault.
     """
 
     def __init__(self, group: InputGroup, *, basis: Tensor | None, device: torch.device) -> None:
@@ -43,14 +48,14 @@ class GroupSums:
         self.update_gram = None if basis is None else total
         self.energy = torch.zeros((), dtype=torch.float64, device=device)
         self.outputs = {m.name: torch.zeros((), dtype=torch.float64, device=device) for m in group.modules}
-        self.first_bad = torch.full((), 2**62, dtype=torch.int64, device=device)
+        self.first_bad = torch.full((), NONE_BAD, dtype=torch.int64, device=device)
+        self.first_bad_output = {m.name: self.first_bad.clone() for m in group.modules}
 
     def add_input(self, x: Tensor, *, batch: int) -> None:
         """Adds (n, d_in) inputs of one batch."""
         energy = _energy(x)
         self.energy += energy
-        bad = torch.where(energy.isfinite(), 2**62, batch)  # no read-back here: a GPU would wait for every module
-        self.first_bad = torch.minimum(self.first_bad, bad)
+        self.first_bad = _first_bad(self.first_bad, energy, batch)
         if self.gram is not None:
             add_gram(self.gram, x)
         else:
@@ -58,9 +63,11 @@ class GroupSums:
             z = x.float() @ self.basis
             self.update_gram.addmm_(z.T, z)
 
-    def add_output(self, module: str, y: Tensor) -> None:
-        """Adds (n, d_out) outputs W x, the bias taken off."""
-        self.outputs[module] += _energy(y)
+    def add_output(self, module: str, y: Tensor, *, batch: int) -> None:
+        """Adds (n, d_out) products W x of one batch, without a bias."""
+        energy = _energy(y)
+        self.outputs[module] += energy
+        self.first_bad_output[module] = _first_bad(self.first_bad_output[module], energy, batch)
 
     def finish(self) -> None:
         """Mirrors the lower block triangle of the Gram into the upper one."""
@@ -110,6 +117,11 @@ def mirror(gram: Tensor) -> None:
             gram[columns, rows] = gram[rows, columns].T
 
 
+def _first_bad(so_far: Tensor, energy: Tensor, batch: int) -> Tensor:
+    # Nothing is read back here: a GPU would wait for every module.
+    return torch.minimum(so_far, torch.where(energy.isfinite(), NONE_BAD, batch))
+
+
 def _output_hook(add: Callable[[Tensor], None]) -> Any:
     """For a plain linear: its output with the bias taken off."""
 
@@ -134,6 +146,8 @@ class Collector:
         """Says which batch runs next; its padding is left out of every sum."""
         self.batch = number
         self.mask = None if batch.attention_mask is None else batch.attention_mask.bool()
+        if batch.token_count == 0:  # a row that only fills up, on a rank with nothing left
+            self.mask = torch.zeros_like(batch.input_ids, dtype=torch.bool)
 
     @contextmanager
     def attached(self, model: nn.Module, *, prefix: str = "") -> Iterator[None]:
@@ -167,7 +181,7 @@ class Collector:
         return hook
 
     def _add_output(self, group: str, name: str, product: Tensor) -> None:
-        self.sums[group].add_output(name, self._tokens(product))
+        self.sums[group].add_output(name, self._tokens(product), batch=self.batch)
 
     def _tokens(self, x: Tensor) -> Tensor:
         """(b, s, d) → (n, d) of the real tokens."""

@@ -6,7 +6,7 @@ weights are in memory, one block's Grams, and the hidden states, whatever the de
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from nslora_dist import dist
 from nslora_dist.base_files import Checkpoint
 from nslora_dist.base_model import FrozenLinear, InputGroup
-from nslora_dist.calibration.grams import Collector, GroupSums
+from nslora_dist.calibration.grams import NONE_BAD, Collector, GroupSums
 from nslora_dist.calibration.solve import Solution, solve_group
 from nslora_dist.calibration.store import MIXTURE, NullSpace
 from nslora_dist.calibration.stream import BlockStream, Texts
@@ -178,12 +178,12 @@ class Calibration:
 
     def _check_finite(self, texts: Texts, sums: Sums) -> None:
         with dist.together("calibration"):
-            for name, total in sums.items():
-                batch = int(total.first_bad)
-                if batch < 2**62:
+            for what, value in _suspects(sums):
+                batch = int(value)
+                if batch < NONE_BAD:
                     first = (batch * self.section.batch_size) * dist.world_size() + dist.rank()
                     raise UserError(
-                        f"calibration.sources/probes '{texts.name}': the input of {name} is not finite at sample "
+                        f"calibration.sources/probes '{texts.name}': the {what} is not finite at sample "
                         f"{first} (rank {dist.rank()}, batch {batch}); check that text and the base's weights, or use "
                         "base_model.dtype=float32"
                     )
@@ -295,6 +295,14 @@ class Calibration:
     def _keep(self, name: str, value: Tensor) -> None:
         if dist.is_main():
             self.tensors[name] = value.to("cpu", torch.float32).contiguous().clone()
+
+
+def _suspects(sums: Sums) -> Iterator[tuple[str, Tensor]]:
+    """What a batch can have made non-finite, in the order of the forward pass: inputs, then products."""
+    for name, total in sums.items():
+        yield f"input of {name}", total.first_bad
+        for module, batch in total.first_bad_output.items():
+            yield f"output of {module}", batch
 
 
 def _dense(module: torch.nn.Module) -> Tensor:

@@ -6,9 +6,10 @@ Every function returns named parts, so that a table can say what takes the room.
 
 from dataclasses import dataclass
 
+from nslora_dist.eigensolver import block_size
 from nslora_dist.linear import HEAD_CHUNK_BYTES
 from nslora_dist.plan import zero3
-from nslora_dist.plan.shapes import Group, Shapes
+from nslora_dist.plan.shapes import Group, Linear, Shapes
 from nslora_dist.plan.traffic import FLOAT32, FLOAT64, Texts, fsdp2_gather, fsdp2_units, padded, padded_rows
 
 INT64 = 8
@@ -76,18 +77,9 @@ def state(shapes: Shapes, world_size: int, engine: str, knobs: zero3.Knobs) -> t
     return device, host
 
 
-def norm_saved(shapes: Shapes, width: int) -> int:
+def norm_saved(width: int) -> int:
     """Bytes a token an RMS norm keeps: its input in float32 (widened if need be) and 1 / rms (``LlamaRMSNorm``)."""
     return FLOAT32 * width + FLOAT32
-
-
-def low_rank_saved(shapes: Shapes, linear: str) -> int:
-    """Bytes a token an adapted linear keeps: z = A x, (..., r) (``_FrozenLinear``)."""
-    return shapes.compute * shapes.adapter.rank if _is_adapted(shapes, linear) else 0
-
-
-def _is_adapted(shapes: Shapes, name: str) -> bool:
-    return any(linear.adapted and linear.name == name for linear in shapes.linears)
 
 
 def block_saved(shapes: Shapes, batch: Batch, *, attention: str, first: bool = False) -> float:
@@ -100,7 +92,7 @@ def block_saved(shapes: Shapes, batch: Batch, *, attention: str, first: bool = F
     """
     c, h, wide = shapes.compute, shapes.hidden, shapes.intermediate
     query, key = shapes.heads * shapes.head_dim, shapes.kv_heads * shapes.head_dim
-    per_token = norm_saved(shapes, h) * (1 if first else 2)
+    per_token = norm_saved(h) * (1 if first else 2)
     repeated = query if batch.masked and attention != "flash_attention_2" else key
     per_token += c * (2 * query + 2 * repeated)
     if attention == "eager":
@@ -109,17 +101,21 @@ def block_saved(shapes: Shapes, batch: Batch, *, attention: str, first: bool = F
         per_token += FLOAT32 * shapes.heads
         per_token += c * batch.length if batch.masked and attention == "sdpa" else 0
     if shapes.qk_norm:
-        per_token += norm_saved(shapes, shapes.head_dim) * (shapes.heads + shapes.kv_heads)
+        per_token += norm_saved(shapes.head_dim) * (shapes.heads + shapes.kv_heads)
     per_token += 3 * c * wide
-    per_token += sum(low_rank_saved(shapes, linear.name) for linear in shapes.linears)
-    if shapes.adapter.a_trains:
-        seen = {linear.d_in if linear.name not in shapes.readers else "normed": linear for linear in shapes.linears}
-        reads = {linear.name for linear in shapes.linears if linear.adapted}
-        per_token += c * h * bool(reads & set(shapes.readers))
-        per_token += sum(c * group.width for group in shapes.groups[1:] if group.width in (h, wide)) - (
-            c * query if len(seen) and any(n.endswith("o_proj") for n in reads) else 0  # attention's output is kept already
-        )
+    per_token += c * shapes.adapter.rank * sum(linear.adapted for linear in shapes.linears)  # z = A x of each
+    if shapes.adapter.a_trains:  # o_proj reads the attention's output, which is kept already
+        read = {_input_of(shapes, linear) for linear in shapes.linears if linear.adapted}
+        per_token += c * h * len(read & {"input norm", "MLP norm"}) + c * wide * ("product" in read)
     return float(per_token * batch.tokens)
+
+
+def _input_of(shapes: Shapes, linear: Linear) -> str:
+    if linear.name in shapes.readers:
+        return "input norm"
+    if linear.d_in == shapes.intermediate and linear.d_out == shapes.hidden:
+        return "product"
+    return "MLP norm" if linear.d_out == shapes.intermediate else "attention"
 
 
 def saved(shapes: Shapes, batch: Batch, *, attention: str, checkpointing: bool, engine: str) -> Parts:
@@ -138,7 +134,7 @@ def saved(shapes: Shapes, batch: Batch, *, attention: str, checkpointing: bool, 
     else:
         blocks = block_saved(shapes, batch, attention=attention, first=True)
         blocks += (shapes.layers - 1) * block_saved(shapes, batch, attention=attention)
-    final = norm_saved(shapes, h) * batch.tokens
+    final = norm_saved(h) * batch.tokens
     if checkpointing and c == FLOAT32:
         final -= FLOAT32 * h * batch.tokens
     parts = {
@@ -154,24 +150,22 @@ def saved(shapes: Shapes, batch: Batch, *, attention: str, checkpointing: bool, 
 
 
 def transient(shapes: Shapes, batch: Batch, *, attention: str, checkpointing: bool) -> Parts:
-    """What comes and goes on top during backward, at its highest: estimates.
+    """What comes and goes on top during backward, at its highest.
 
-    With checkpointing one block's kept activations. Gradients inside the MLP: three of I and three of h a token, or the
-    float32 gradients of a norm. One unpacked 4-bit weight. The head's chunk of logits, in forward.
+    At the final norm, before anything kept is freed, four float32 and two compute-dtype copies of a row's h; inside the
+    MLP two gradients of I and two of h, where checkpointing has one block's kept activations beside them. Before
+    that, in forward, the head's chunk of logits. 4-bit weights add one unpacked one.
     """
     c, h, wide = shapes.compute, shapes.hidden, shapes.intermediate
+    recomputed = block_saved(shapes, batch, attention=attention) if checkpointing else 0.0
+    mlp = recomputed + batch.tokens * (2 * c * wide + 2 * c * h) + (shapes.dense_block if shapes.quantized else 0)
+    norm = float(batch.tokens * (4 * FLOAT32 + 2 * c) * h)
     rows = min(batch.supervised * batch.tokens, max(1, HEAD_CHUNK_BYTES // (FLOAT32 * shapes.vocabulary)))
     head = rows * shapes.vocabulary * (FLOAT32 + c) + c * h * batch.supervised * batch.tokens
-    backward = batch.tokens * max(3 * c * wide + 3 * c * h, 3 * FLOAT32 * h + 2 * c * h)
-    parts: Parts = {"gradients of activations": float(backward)}
-    if checkpointing:
-        parts["recomputed block"] = block_saved(shapes, batch, attention=attention)
-    if shapes.quantized:
-        parts["unpacked weight"] = float(shapes.dense_block)
-    over = head - sum(parts.values())
-    if over > 0:
-        parts["head logits"] = over
-    return parts
+    if checkpointing and mlp >= max(norm, head):
+        return {"recomputed block": recomputed, "gradients of activations": mlp - recomputed}
+    name = "head's logits" if head > max(norm, mlp) else "gradients of activations"
+    return {name: max(head, norm, mlp)}
 
 
 def gathered(shapes: Shapes, world_size: int, engine: str, knobs: zero3.Knobs, *, checkpointing: bool) -> Parts:
@@ -204,6 +198,7 @@ class CalibrationLoad:
         on_host: whether hidden states wait in host memory.
         method: the solver's.
         owned: groups of a block that this rank solves.
+        native: whether bfloat16 products are summed in float32 by matrix units (a GPU), without widened inputs.
     """
 
     texts: Texts
@@ -212,34 +207,36 @@ class CalibrationLoad:
     on_host: bool
     method: str
     owned: tuple[Group, ...]
+    native: bool = True
 
 
 def solver_workspace(shapes: Shapes, group: Group, *, sources: int, method: str) -> float:
     """Bytes beyond the sources' Grams while one group is solved (``solve_group``, ``null_basis``).
 
-    The mixture where there are several sources. eigh: three float64 matrices (``gram.double``, the decomposition's
-    copy, the vectors). fast: the shifted Gram and its factor in float32, a float64 copy up to 8,192 wide, and the
-    Krylov space with its image (about four blocks of r + padding, float64); wider Grams also a chunk of 8,192 rows in
-    float64. Unpacked 4-bit weights of the group's modules.
+    The mixture where there are several sources. eigh: four float64 matrices (``gram.double``, the vectors, and twice
+    that as LAPACK's workspace). fast: the shifted Gram and its factor in float32, a float64 copy up to 8,192 wide, and
+    the Krylov space with its image (about ten float64 blocks in all). Unpacked 4-bit weights of the group's modules.
     """
     d = group.width
     square = float(d * d)
     mixture = FLOAT32 * square if sources > 1 else 0.0
-    if method == "eigh" or d < 512:
-        work = 3 * FLOAT64 * square
+    if method == "eigh" or d < max(512, 10 * block_size(shapes.adapter.rank)):
+        work = 4 * FLOAT64 * square
     else:
         work = 2 * FLOAT32 * square + (FLOAT64 * square if d <= CACHED_WIDTH else 0.0)
-        work += 10 * FLOAT64 * d * (shapes.adapter.rank + 8)
+        work += 10 * FLOAT64 * d * block_size(shapes.adapter.rank)
     dense = float(shapes.compute * d * sum(group.outputs)) if shapes.quantized else 0.0
     return mixture + work + dense
 
 
-def calibration(shapes: Shapes, load: CalibrationLoad, world_size: int, *, overlapped: bool = True) -> tuple[Parts, Parts]:
+def calibration(
+    shapes: Shapes, load: CalibrationLoad, world_size: int, *, overlapped: bool = True
+) -> tuple[Parts, Parts]:
     """The highest of the streamed pass: (on the device, in host memory).
 
     While a block's sequences run, its Grams are summed and the ones of the source before are on their way as triangles;
     the block before is still there with its owners' Grams being solved in a thread. ``overlapped=False`` is the same
-    without the thread: the higher of running and solving.
+    without the thread: the higher of running (two blocks) and solving (one).
     """
     texts, c, h, wide = load.texts, shapes.compute, shapes.hidden, shapes.intermediate
     block = shapes.block.base_bytes + shapes.quant_state
@@ -263,20 +260,22 @@ def calibration(shapes: Shapes, load: CalibrationLoad, world_size: int, *, overl
     hidden = float(load.tokens * c * h)
     ids = float(load.tokens * 2 * INT64)
     mask = load.batch.masked
-    # A hook's float32 copy and its square beside silu(gate) and up, and the block's and the norm's own rows.
-    squares = FLOAT32 * wide * (1 if c == FLOAT32 else 2)
-    widest = 2 * c * wide + squares + (c * wide if mask else 0)
-    projection = c * h + FLOAT32 * h * 2
-    running = float(load.batch.tokens * (max(widest, projection) + 2 * c * h + (c * h if load.on_host else 0)))
+    # silu(gate), up and their product; or the product beside its float32 copy for the Gram (``add_gram``), or on a GPU
+    # a float32 tile of a quarter of the Gram instead; and the block's and the norm's own rows.
+    widened = 0 if load.native or c == FLOAT32 else FLOAT32 * wide
+    widest = max(3 * c * wide, c * wide * (2 if mask else 1) + widened)
+    running = float(load.batch.tokens * (widest + 2 * c * h + (c * h if load.on_host else 0)))
+    if load.native:
+        running += FLOAT32 * (max(g.width for g in shapes.groups) / 2) ** 2
     if shapes.quantized:
         running += shapes.dense_block
-    parts: Parts = {"block weights": float(block), "token ids": ids}
+    parts: Parts = {"block weights": 2.0 * block, "token ids": ids}
     if overlapped:
-        parts |= {"block weights": 2.0 * block, "Grams": grams, "activations": running, "solver": solving}
-    elif grams + running >= solving:
+        parts |= {"Grams": grams, "activations": running, "solver": solving}
+    elif block + grams + running >= solving:
         parts |= {"Grams": grams, "activations": running}
     else:
-        parts |= {"solver": solving}
+        parts |= {"block weights": float(block), "solver": solving}
     host: Parts = {}
     (host if load.on_host else parts)["hidden states"] = hidden
     return parts, host
@@ -290,7 +289,7 @@ def null_space_bytes(shapes: Shapes, texts: Texts) -> float:
     rank, total = adapter.rank, 0
     for group in shapes.groups:
         total += group.width * rank + rank + (group.width if group.width <= 2048 else 0) + texts.grams * rank * rank
-        total += (len(group.outputs) * rank * rank if adapter.projected else 0)
+        total += len(group.outputs) * rank * rank if adapter.projected else 0
         total += rank * sum(group.outputs) if adapter.residual else 0
     return float(FLOAT32 * total * shapes.layers)
 

@@ -1,4 +1,4 @@
-"""What a recipe's model consists of, as plain numbers: parameters by unit, input groups, and the order of a block's modules.
+"""What a recipe's model consists of, as plain numbers: parameters by unit, input groups, the order of a block's modules.
 
 Read off the model built on the meta device (``build_empty``, ``attach_adapters``), so a plan needs the config alone and
 follows the code where layouts, biases or packing change.
@@ -270,14 +270,14 @@ def _first_layers(config: PreTrainedConfig) -> dict[str, Any]:
 @torch.no_grad()
 def _order(model: Any, attention: str) -> tuple[tuple[str, bool], ...]:
     """The modules of a block as its forward pass enters and leaves them, by running it once on the meta device."""
-    name, block = blocks(model)[0]
+    _, block = blocks(model)[0]
     seen: list[tuple[str, bool]] = []
     hooks = []
     for path, module in block.named_modules():
         hooks.append(module.register_forward_pre_hook(lambda m, a, p=path: seen.append((p, True))))
         hooks.append(module.register_forward_hook(lambda m, a, o, p=path: seen.append((p, False))))
         if isinstance(module, FrozenLinear):
-            module.forward = _Product(module)  # type: ignore[method-assign]
+            module.forward = _Product(module)  # type: ignore[method-assign, assignment]
     hidden = torch.empty(1, 4, model.config.hidden_size, dtype=model.dtype, device="meta")
     mask = torch.empty(1, 1, 4, 4, dtype=torch.bool, device="meta")
     positions = torch.empty(1, 4, dtype=torch.int64, device="meta")

@@ -114,8 +114,8 @@ def calibration(shapes: Shapes, texts: Texts, world_size: int) -> list[Traffic]:
     """The whole calibration pass (``Calibration``), exact.
 
     Per block, group and set of texts one all-reduce of 1 + modules float64 (``_pass``); per source one reduce of the
-    packed triangle d(d + 1)/2 in float32 to the owner (``_sources``); the solution's tensors broadcast (``_finish``); an
-    all-reduce of the (r, r) Gram per probe and of one float32 per held-out set (``_record_measured``).
+    packed triangle d(d + 1)/2 in float32 to the owner (``_sources``); the solution's tensors broadcast (``_finish``);
+    an all-reduce of the (r, r) Gram per probe and of one float32 per held-out set (``_record_measured``).
     """
     if world_size == 1 or not shapes.adapter.null_space:
         return []

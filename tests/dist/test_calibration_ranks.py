@@ -1,14 +1,18 @@
 """The null space does not depend on ranks, padding or placement, and is what METHODS.md says it is."""
 
+import random
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from helpers.calibration_run import (
     Calibrated,
     Reference,
+    activations,
     calibrate,
     live_grams,
     one_bad_text,
@@ -19,7 +23,6 @@ from helpers.calibration_run import (
 )
 from helpers.ranks import run_ranks
 from helpers.world import change_weights, make_base, make_texts, tokenizer, words, write_rows
-from torch import Tensor
 
 RANK = 8
 RESIDUAL = {"adapter": {"rank": RANK, "form": "residual"}}
@@ -34,7 +37,6 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "spread": ("llama", RESIDUAL | {"calibration": {"solver": {"method": "eigh", "placement": "spread"}}}),
     "no_probe": ("llama", RESIDUAL | {"calibration": {"probes": {}}}),
     "host": ("llama", RESIDUAL | {"calibration": {"hidden_states": "host"}}),
-    "fast": ("llama", RESIDUAL | {"calibration": {"solver": {"method": "fast"}}}),
 }
 NAMES = ("a", "b", "p", "calibration")
 GRAM = 1e-5
@@ -74,9 +76,9 @@ def projector(basis: Tensor) -> Tensor:
 
 
 def gap_bound(gram: Tensor) -> float:
-    """How far the projector of the RANK smallest may turn when the Gram is off by GRAM/5 of its norm (Davis, Kahan)."""
+    """How far the projector of the RANK smallest may turn if the Gram is off by GRAM/20 of its norm (Davis, Kahan)."""
     values = torch.linalg.eigvalsh(gram)
-    return 2 * float(GRAM / 5 * values[-1] / (values[RANK] - values[RANK - 1]))
+    return 2 * float(GRAM / 20 * values[-1] / (values[RANK] - values[RANK - 1]))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -101,7 +103,9 @@ def test_ranks_change_nothing(found: Any, references: Any, size: int, case: str)
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("case", [name for name in MORE if name != "no_probe"])
 def test_padding_and_placement_change_nothing(found: Any, references: Any, size: int, case: str) -> None:
-    compare(found[1][0]["main"], found[size][0][case], {g: r.grams["calibration"] for g, r in references["main"].items()})
+    compare(
+        found[1][0]["main"], found[size][0][case], {g: r.grams["calibration"] for g, r in references["main"].items()}
+    )
 
 
 def compare(one: Calibrated, other: Calibrated, grams: dict[str, Tensor], *, whole: bool = False) -> None:
@@ -196,7 +200,7 @@ def test_against_the_formulas(world: Path, found: Any, references: Any, size: in
 
 
 def test_mixture_is_balanced(found: Any, references: Any) -> None:
-    """b has several times the tokens of a, and weight 2: what it adds to the mixture is twice a's part, whatever its length."""
+    """b has more tokens than a, and weight 2: what it adds to the mixture is twice a's part, whatever its length."""
     tokens = found[1][0]["main"].manifest["tokens"]
     assert tokens["b"] > 1.5 * tokens["a"]
     case = found[2][0]["whole"]
@@ -217,8 +221,6 @@ def test_live_model_gives_the_same_grams(tmp_path: Path, engine: str) -> None:
     base = make_base(tmp_path / "qwen2", "qwen2")
     first, second = run_ranks(live_grams, 2, tmp_path, "qwen2", engine)
     grams, sequences = first
-    from helpers.calibration_run import activations
-
     dense = weights(base, [name for _, outputs in grams.values() for name in outputs])
     x = activations(base, sequences, list(grams))
     for group, (gram, outputs) in grams.items():
@@ -233,7 +235,8 @@ def test_non_finite_activation_names_module_and_sample(tmp_path: Path) -> None:
     make_texts(tmp_path)
     base = make_base(tmp_path / "llama")
     bad = tokenizer().convert_tokens_to_ids("w60")
-    rows = [{"text": words(__import__("random").Random(3), 4, 9)} for _ in range(20)]
+    dice = random.Random(3)
+    rows = [{"text": words(dice, 4, 9)} for _ in range(20)]
     write_rows(tmp_path / "a.jsonl", [*rows[:9], {"text": "w5 w60 w7"}, *rows[10:]])
 
     def set_nan(name: str, row: int) -> Any:
@@ -251,8 +254,10 @@ def test_non_finite_activation_names_module_and_sample(tmp_path: Path) -> None:
     (texts,) = run_ranks(calibrate, 1, tmp_path, {"texts": ("llama", single)})
     source, position = one_bad_text(texts["texts"].texts, bad)
     assert source == "a"
-    assert re.search(rf"'a': .*model\.layers\.0\.self_attn\.q_proj .*sample {position} ", first["token"]), first["token"]
-    assert re.search(r"'a': .*model\.layers\.1\.self_attn\.o_proj .*sample 0 ", first["value"]), first["value"]
+    assert re.search(rf"'a': .*model\.layers\.0\.self_attn\.q_proj .*sample {position} ", first["token"]), first[
+        "token"
+    ]
+    assert re.search(r"'a': .*model\.layers\.1\.self_attn\.v_proj .*sample 0 ", first["value"]), first["value"]
     assert re.search(r"'a': .*model\.layers\.1\.mlp\.down_proj .*sample 0 ", first["last"]), first["last"]
 
 

@@ -1,16 +1,16 @@
 """Calibration runs on a group of ranks, and a float64 reference written from METHODS.md with dense matrices alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from helpers.stages import CPU, started
-from helpers.world import make_recipe, zero_config
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from helpers.stages import CPU, started
+from helpers.world import make_recipe, zero_config
 from nslora_dist import dist, pipeline
 from nslora_dist.base_model import build_empty, input_groups, load_config
 from nslora_dist.calibration.grams import whole_model_grams
@@ -108,7 +108,7 @@ def used_again(world: Path) -> dict[str, str]:
             return "calibrates"
         except UserError as error:
             return f"refuses: {error}"
-        assert again.manifest == first.manifest
+        assert {**again.manifest, "files": None} == {**first.manifest, "files": None}
         assert again.tensors.keys() == first.tensors.keys()
         assert all(torch.equal(again.tensors[name], value) for name, value in first.tensors.items())
         return "uses it again"
@@ -122,7 +122,6 @@ def used_again(world: Path) -> dict[str, str]:
     said["another dtype"] = attempt(base_model={"dtype": "bfloat16"})
     _on_main(lambda: (world / "a.jsonl").write_text((world / "a.jsonl").read_text().replace("w1 ", "w2 ")))
     said["other texts"] = attempt()
-    _on_main(lambda: (world / "a.jsonl").write_text((world / "a.jsonl").read_text()))
     pipeline.Calibration = kept  # type: ignore[misc]
     second = Run(recipe, CPU).null_space()
     said["key"] = "new" if second.manifest["key"] != first.manifest["key"] else "old"
@@ -179,7 +178,9 @@ class Reference:
     heldout: dict[str, Tensor]
 
 
-def reference_grams(base: Path, texts: Sequence[CalibrationTexts], groups: dict[str, list[str]]) -> dict[str, Reference]:
+def reference_grams(
+    base: Path, texts: Sequence[CalibrationTexts], groups: dict[str, list[str]]
+) -> dict[str, Reference]:
     """Group → its Grams, G = X Xᵀ, mixed as METHODS.md §1d says: G = Σ w_s G_s / tr(G_s) · mean tr, Σ w_s = 1."""
     heads = [modules[0] for modules in groups.values()]
     made = {}
@@ -201,18 +202,3 @@ def one_bad_text(texts: Sequence[CalibrationTexts], token: int) -> tuple[str, in
     places = [(t.name, i) for t in texts for i, ids in enumerate(t.calibration) if token in ids.tolist()]
     assert len(places) == 1
     return places[0]
-
-
-__all__ = [
-    "Calibrated",
-    "Reference",
-    "activations",
-    "calibrate",
-    "live_grams",
-    "one_bad_text",
-    "reference_grams",
-    "refused",
-    "replace",
-    "used_again",
-    "weights",
-]

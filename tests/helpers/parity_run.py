@@ -1,14 +1,15 @@
 """One engine through every case of the parity tests, in one group of ranks; what it found goes back to the tests."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from helpers.stages import as_bytes, quantised_layers, started
-from helpers.world import make_base, make_recipe, make_texts, write_rows, zero_config
 from torch import Tensor
 
+from helpers.stages import as_bytes, quantised_layers, started
+from helpers.world import make_base, make_recipe, make_texts, write_rows, zero_config
 from nslora_dist import dist
 from nslora_dist.adapter import adapted_linears
 from nslora_dist.errors import UserError
@@ -112,10 +113,11 @@ def prepare(folder: Path) -> Path:
     return folder
 
 
-def run_engine(engine: str, world: Path) -> dict[str, Found]:
-    """All cases, on every rank; the null spaces are those that ``single`` left."""
+def run_engine(engine: str, world: Path, names: Sequence[str] = tuple(CASES)) -> dict[str, Any]:
+    """The cases named, with the null spaces that ``single`` left: ``Found`` on rank 0, the losses on others."""
     found = {}
-    for name, case in CASES.items():
+    for name in names:
+        case = CASES[name]
         space = world / "single" / (case.null_space or name) / "null_space"
         found[name] = _run_case(engine, case, world, world / engine / name, space)
     return found if dist.is_main() else {name: f.losses for name, f in found.items()}
@@ -180,11 +182,11 @@ def dense_update(parts: dict[str, Tensor], scale: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Packed:
-    """A 4-bit layer's bytes as gathered at rest and as its forward and backward pass saw them."""
+    """A 4-bit layer's bytes as gathered at rest and as each of its forward and backward passes saw them."""
 
     gathered: Tensor
-    forward: Tensor
-    backward: Tensor
+    forward: list[Tensor]
+    backward: list[Tensor]
 
 
 def packed_bytes(engine: str, world: Path, dtype: str) -> dict[str, Packed]:
@@ -196,7 +198,7 @@ def packed_bytes(engine: str, world: Path, dtype: str) -> dict[str, Packed]:
         "engine": _settings(engine, world, Case()),
     }
     recipe = make_recipe(world, world / "adversarial", world / engine / f"packed_{dtype}", **changes)
-    seen: dict[str, list[Tensor]] = {}
+    seen: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
     with started(recipe) as stage:
         layers = quantised_layers(stage.engine)
         for name, layer in layers.items():
@@ -205,16 +207,16 @@ def packed_bytes(engine: str, world: Path, dtype: str) -> dict[str, Packed]:
         for layer in layers.values():
             del layer.dense
         return {
-            name: Packed(as_bytes(stage.engine.gather(layer.weight)), seen[name][0], seen[name][-1])
-            for name, layer in layers.items()
+            name: Packed(as_bytes(stage.engine.gather(layer.weight)), *seen[name]) for name, layer in layers.items()
         }
 
 
-def _watch_dense(name: str, layer: Any, seen: dict[str, list[Tensor]]) -> None:
+def _watch_dense(name: str, layer: Any, seen: dict[str, tuple[list[Tensor], list[Tensor]]]) -> None:
     unpack = layer.dense
 
     def dense(weight: Tensor) -> Tensor:
-        seen.setdefault(name, []).append(as_bytes(weight))
+        in_backward = torch._C._current_graph_task_id() != -1
+        seen.setdefault(name, ([], []))[in_backward].append(as_bytes(weight))
         return unpack(weight)
 
     layer.dense = dense
@@ -248,3 +250,18 @@ def non_finite(engine: str, world: Path) -> dict[str, str]:
 def one_bad_row(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     """``rows`` with the poisoned word in one prompt."""
     return [*rows[:5], rows[5] | {"prompt": "w1 w60"}, *rows[6:]]
+
+
+def cuda_losses(engine: str, world: Path, names: Sequence[str]) -> dict[str, list[float]]:
+    """The losses of the cases named, on this rank's GPU."""
+    device = torch.device("cuda", dist.rank())
+    losses = {}
+    for name in names:
+        case = CASES[name]
+        changes = case.changes | {"engine": _settings(engine, world, case)}
+        changes["train"] = case.changes["train"] | {"max_steps": case.steps}
+        recipe = make_recipe(world, world / case.base, world / f"cuda_{engine}" / name, **changes)
+        space = None if engine == "single" else world / "cuda_single" / name / "null_space"
+        with started(recipe, null_space=space, device=device) as stage:
+            losses[name] = stage.train().losses
+    return losses

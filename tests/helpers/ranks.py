@@ -18,7 +18,15 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-PRELOAD = ("torch", "transformers", "peft", "datasets", "bitsandbytes", "nslora_dist.pipeline", "nslora_dist.engines.zero3")
+PRELOAD = (
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "bitsandbytes",
+    "nslora_dist.pipeline",
+    "nslora_dist.engines.zero3",
+)
 
 
 class RankFailed(AssertionError):

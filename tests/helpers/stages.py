@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nslora_dist import dist
-from nslora_dist.adapter import adapted_linears
 from nslora_dist.base_model import FrozenLinear
 from nslora_dist.calibration import store
 from nslora_dist.calibration.store import NullSpace

@@ -55,7 +55,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make_base(folder: Path, family: str = "llama", *, seed: int = 0, **changes: Any) -> Path:
-    """A random base of the family with its tokenizer; biases and norms are random too, so that none can be forgotten."""
+    """A random base of the family with its tokenizer; biases and norms are random, so that none can be forgotten."""
     name, settings = FAMILIES[family]
     config = getattr(transformers, f"{name}Config")(**(SMALL | settings | changes))
     torch.manual_seed(seed)
@@ -74,7 +74,7 @@ def make_base(folder: Path, family: str = "llama", *, seed: int = 0, **changes: 
 
 
 def qwen_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Words as a letter and single digits: transformers gives a Qwen base Qwen's own rules, whatever the folder says."""
+    """A word is a letter and digits: transformers gives a Qwen base Qwen's own rules, whatever the folder says."""
     known = ["<s>", "</s>", "<pad>", "<unk>", *"0123456789w", "Ġ", "Ġw"]
     return transformers.Qwen2Tokenizer(
         vocab={token: id_ for id_, token in enumerate(known)},

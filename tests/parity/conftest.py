@@ -1,20 +1,12 @@
-"""Makes ``tests/helpers`` importable here, and runs every engine once through the cases that the tests look at."""
+"""Runs every engine once through the cases that the tests here look at."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path[:0] = [str(path) for path in (Path(__file__).parents[1], Path(__file__).parents[2])]
-
-from helpers import parity_run  # noqa: E402
-from helpers.ranks import run_ranks  # noqa: E402
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Declares the marker of tests that need a GPU."""
-    config.addinivalue_line("markers", "gpu: needs CUDA")
+from helpers import parity_run
+from helpers.ranks import run_ranks
 
 
 @pytest.fixture(scope="session")

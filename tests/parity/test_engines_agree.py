@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from helpers.parity_run import CASES
 from helpers.stages import CPU
-
 from nslora_dist.calibration import store
 
 SHARDED = ("zero3", "fsdp2")
@@ -93,8 +93,11 @@ def test_start_is_the_null_space_on_disk(found: Results, world: Any, engine: str
 @pytest.mark.parametrize("engine", SHARDED)
 @pytest.mark.parametrize("case", FLOAT32)
 def test_adapters_agree(found: Results, engine: str, case: str) -> None:
-    """Not the losses alone: the trained factors. AdamW's first steps are the sign of the gradient, so a coordinate whose
-    gradient is rounding may go either way; all others agree, and such are few."""
+    """Not the losses alone: the trained factors.
+
+    AdamW's first steps are the sign of the gradient, so a coordinate whose gradient is rounding may go either way; all
+    others agree, and such are few.
+    """
     for name, parts in found[engine][case].factors.items():
         for key, value in parts.items():
             reference = found["single"][case].factors[name][key]

@@ -1,16 +1,16 @@
-"""Every family at toy size: groups by observation, streamed calibration, training, export, and Hugging Face's function."""
+"""Every family at toy size: groups by observation, streamed calibration, training, export, Hugging Face's function."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.stages import CPU, started
-from helpers.world import FAMILIES, make_base, make_recipe, make_texts
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from helpers.stages import CPU, started
+from helpers.world import FAMILIES, make_base, make_recipe, make_texts
 from nslora_dist.base_model import build_empty, input_groups, load_config
 from nslora_dist.batches import Batch
 from nslora_dist.calibration.grams import whole_model_grams
@@ -64,7 +64,9 @@ def test_family(family: str, texts: Path, tmp_path: Path) -> None:
             gram = wanted[group.name].gram
             assert gram is not None
             found = calibrated.tensors[f"{group.name}.update_gram.a"]
-            scale = float(torch.linalg.matrix_norm(gram, 2))  # rounding of the Gram sets the floor, not of the small one
+            scale = float(
+                torch.linalg.matrix_norm(gram, 2)
+            )  # rounding of the Gram sets the floor, not of the small one
             torch.testing.assert_close(found, basis.T @ gram @ basis, atol=2e-6 * scale, rtol=1e-4)
             for module, energy in wanted[group.name].outputs.items():
                 reference = calibrated.manifest["modules"][module]["references"]["a"]

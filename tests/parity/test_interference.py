@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
+
 from helpers.parity_run import CASES, ENGINES, Found, dense_update
 from helpers.stages import dense_energies, plain_base
-from torch import nn
 
 Results = dict[str, dict[str, Found]]
 Ratios = dict[str, dict[str, float]]
@@ -57,11 +58,11 @@ def direct(found: Found, base: nn.Module) -> tuple[Ratios, Ratios]:
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_direct_ratio(found: Results, bases: dict[Any, nn.Module], engine: str, case: str) -> None:
-    """Relative and absolute tolerances, the latter in units of ‖ΔW‖_F ‖X‖_F / ‖W X‖_F, the most an update could disturb.
+    """Relative and absolute tolerances, the latter in units of ‖ΔW‖_F ‖X‖_F / ‖W X‖_F, the most an update can do.
 
-    float32, r × r matrices: a Gram entry is rounded to 1e-7 of the largest eigenvalue, so a *squared* ratio below 1e-7 of
-    the most possible is noise, and the root of that is 3e-4; the null directions here hold more than that, except
-    where there are fewer tokens than dimensions. Forward pass: each activation is rounded to 1e-7, and so is the ratio.
+    float32, r × r matrices: a Gram entry is rounded to 1e-7 of the largest eigenvalue, so a *squared* ratio below 1e-7
+    of the most possible is noise, and the root of that is 3e-4; the null directions here hold more than that, except
+    where there are fewer tokens than dimensions. Forward pass: an activation is rounded to 1e-7, and so is the ratio.
     bfloat16: the base's activations differ from float64 ones by a few units of 2⁻⁸ after two blocks.
     """
     result = found[engine][case]
@@ -79,8 +80,10 @@ def test_equals_the_direct_ratio(found: Results, bases: dict[Any, nn.Module], en
             assert measured[name].keys() == modules.keys()
             for module, ratio in modules.items():
                 floor = absolute * most[name][module]
-                assert measured[name][module] == pytest.approx(ratio, rel=relative, abs=floor), f"{kind}: {name} {module}"
-    assert max(expected["calibration"].values()) > 5e-3, "nothing was disturbed, so nothing was compared"
+                assert measured[name][module] == pytest.approx(ratio, rel=relative, abs=floor), (
+                    f"{kind}: {name} {module}"
+                )
+    assert max(expected["calibration"].values()) > 1e-3, "nothing was disturbed, so nothing was compared"
 
 
 @pytest.mark.parametrize("engine", ENGINES)

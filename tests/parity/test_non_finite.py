@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
 from helpers.parity_run import ENGINES, non_finite
 from helpers.ranks import run_ranks
 from helpers.world import change_weights, tokenizer
-from torch import Tensor
 
 WORD = "w60"
 
@@ -34,7 +35,9 @@ def test_every_rank_says_where(world: Path, tmp_path: Path, engine: str) -> None
     assert re.search(r"step [123] .*module model\.layers\.\d.*learning_rate", first["rate"]), first["rate"]
     assert re.search(r"step 0 .*rank 0, micro-batch 0, row \d, module lm_head", first["head"]), first["head"]
     # 16 rows of equal length, 8 a step: the poisoned one is in one of the first two steps, on whatever rank.
-    found = re.search(r"step ([01]) .*rank (\d), micro-batch (\d), row (\d), module model\.embed_tokens", first["token"])
+    found = re.search(
+        r"step ([01]) .*rank (\d), micro-batch (\d), row (\d), module model\.embed_tokens", first["token"]
+    )
     assert found, first["token"]
     step, rank, micro_batch, row = map(int, found.groups())
     assert bad_place(tmp_path, ENGINES[engine]) == (step, rank, micro_batch, row)
@@ -43,7 +46,6 @@ def test_every_rank_says_where(world: Path, tmp_path: Path, engine: str) -> None
 def bad_place(folder: Path, ranks: int) -> tuple[int, int, int, int]:
     """Where the batches put the row with the poisoned word."""
     from helpers.world import make_recipe
-
     from nslora_dist.data import TrainingData
     from nslora_dist.rows import load_tokenizer
 

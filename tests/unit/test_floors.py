@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "nslora_dist"
 FLOORS = (
-    "errors explain recipe recipe_file dist quiet eigensolver null_space linear adapter artifacts",
+    "errors explain zero_file recipe recipe_file dist quiet eigensolver null_space linear adapter artifacts",
     "rows batches data calibration_data base_files base_model calibration supervised card export engines merging",
     "checkpoint evaluate trainer report plots dry_run plan tiny_world pretrain",
     "pipeline command",

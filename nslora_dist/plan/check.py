@@ -1,0 +1,79 @@
+"""Before a phase starts: is there room for it on this machine, now?"""
+
+import resource
+import shutil
+from pathlib import Path
+
+import torch
+
+from nslora_dist.errors import UserError
+from nslora_dist.plan.cluster import Cluster
+from nslora_dist.plan.phases import gb, make_plan
+from nslora_dist.plan.shapes import Shapes, shapes_of
+from nslora_dist.recipe import Recipe
+
+
+def check(
+    recipe: Recipe,
+    phase: str,
+    *,
+    world_size: int,
+    device: torch.device,
+    ranks_per_node: int | None = None,
+    shapes: Shapes | None = None,
+) -> None:
+    """Compares a phase's plan with the free disk, GPU and host memory of this machine; no collective in it.
+
+    Args:
+        recipe: the job.
+        phase: ``load``, ``calibrate``, ``train`` or ``export``.
+        world_size: number of ranks.
+        device: this rank's; on the CPU what a GPU would hold counts as host memory.
+        ranks_per_node: ranks on this machine; all of them where left out.
+        shapes: the model's, read off the config where left out.
+
+    Raises:
+        UserError: too little, in one line with both figures.
+    """
+    local = world_size if ranks_per_node is None else ranks_per_node
+    shapes = shapes_of(recipe) if shapes is None else shapes
+    cluster = Cluster(gpus=world_size, gpus_per_node=local, interpreter=0.0)
+    wanted = make_plan(recipe, shapes, cluster).phase(phase)
+    folder = Path(recipe.output_dir).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if wanted.disk > free:
+        raise UserError(
+            f"{phase}: needs {gb(wanted.disk)} of disk in output_dir {recipe.output_dir}, {gb(free)} are free; "
+            "make room, or give another output_dir"
+        )
+    gpu, host = wanted.gpu_bytes, wanted.host_bytes
+    if device.type == "cuda":
+        free_gpu, whole = torch.cuda.mem_get_info(device)
+        free_gpu += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        held = torch.cuda.memory_allocated(device)  # of this run: the plan counts it too
+        if gpu > free_gpu + held:
+            raise UserError(
+                f"{phase}: needs about {gb(gpu)} of GPU memory, {gb(free_gpu + held)} of {gb(whole)} can be had; "
+                "python launch/plan.py says what to change"
+            )
+    else:
+        host += gpu * local
+    available = _available(local)
+    if available is not None and host > available:
+        raise UserError(
+            f"{phase}: needs about {gb(host)} of host memory, {gb(available)} are free; "
+            "python launch/plan.py says what to change"
+        )
+
+
+def _available(local: int) -> float | None:
+    """Bytes of host memory that this machine's ranks have or can have without swapping; None where it does not tell."""
+    try:
+        mine = float(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024.0 * int(line.split()[1]) + local * mine
+    except (OSError, ValueError):
+        return None
+    return None
