@@ -8,7 +8,7 @@ peak of anonymous and shared memory, less what the interpreter held with everyth
 checkpoint are not counted (the kernel drops them when memory is short), and are given apart as `..._resident_...`.
 
 The bound is half of the loaded model plus two decoder blocks, all as loaded: packed in the 4-bit case, adapters
-included (float32 under FSDP2; bfloat16 under ZeRO-3, with its float32 masters of B).
+included: float32 under FSDP2; bfloat16 under ZeRO-3, with the float32 masters and gradients of B that it sets up.
 `load_peak_over_bound_bf16` and `..._nf4` are the highest over engines and ranks; below 1 no rank ever came near
 holding the model whole (`load_peak_over_model_...`: the same over the loaded model).
 """
@@ -91,7 +91,7 @@ def loaded_bytes(config: LlamaConfig, quantization: str, engine: str) -> tuple[i
         numbers = float(torch.Size(shape).numel())
         if len(shape) == 1:
             return 2 * numbers
-        adapter = RANK * (4 * sum(shape) if engine == "fsdp2" else 2 * sum(shape) + 4 * shape[0])
+        adapter = RANK * (4 * sum(shape) if engine == "fsdp2" else 2 * sum(shape) + 8 * shape[0])
         # Packed: half a byte a value, a byte a block of 64 for its largest, and a float32 for every 256 of those.
         return adapter + (
             2 * numbers if quantization == "none" else numbers / 2 + numbers / 64 + 4 * numbers / 64 / 256

@@ -1,6 +1,6 @@
 """Memory, traffic and time of one recipe on a cluster, on paper: nothing is loaded and no GPU is needed.
 
-    python launch/plan.py --recipe llama3_70b_math --gpus 8 --gpu-memory 80GB --interconnect 400Gb/s
+python launch/plan.py --recipe llama3_70b_math --gpus 8 --gpu-memory 80GB --interconnect 400Gb/s
 """
 
 import sys

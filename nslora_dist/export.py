@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nslora_dist import dist
+from nslora_dist.adapter import adapted_linears
 from nslora_dist.artifacts import load_tensors, read_json, replace_folder, save_tensors, write_text
 from nslora_dist.card import model_card
+from nslora_dist.engines.base import Engine
 from nslora_dist.errors import UserError
 
 CONFIG_FILE = "adapter_config.json"
@@ -52,6 +55,24 @@ def residual_factors(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> Factors:
         b0: (d_out, r), as initialised.
     """
     return Factors(torch.cat([a, a0]), torch.cat([b, -b0], dim=1))
+
+
+def gather_factors(engine: Engine, dtype: torch.dtype) -> dict[str, Factors]:
+    """Every module's factors, gathered one module at a time; collective, and filled on rank 0 alone.
+
+    Args:
+        engine: holds the adapted model, sharded or not.
+        dtype: the one the update was computed in: more digits would claim what no forward pass has seen.
+    """
+    factors: dict[str, Factors] = {}
+    for name, module in adapted_linears(engine.model).items():
+        a, b = engine.gather(module.lora_A), engine.gather(module.lora_B)
+        a0 = a if module.start_A is None else engine.gather(module.start_A)
+        b0 = None if module.start_B is None else engine.gather(module.start_B)
+        if dist.is_main():
+            made = Factors(a, b) if b0 is None else residual_factors(a, b, a0, b0)
+            factors[name] = Factors(made.lora_a.to(dtype), made.lora_b.to(dtype))
+    return factors
 
 
 def write_adapter(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from nslora_dist import artifacts, dist
@@ -34,9 +33,10 @@ from nslora_dist.engines import Engine, start_engine
 from nslora_dist.engines.base import Job, adapter_dtype
 from nslora_dist.errors import UserError
 from nslora_dist.evaluate import EvaluationSets, evaluate, forward_interference, live_interference, summarise
-from nslora_dist.export import Factors, residual_factors, write_adapter
+from nslora_dist.export import gather_factors, write_adapter
 from nslora_dist.recipe import Recipe
 from nslora_dist.report import Scalars, spectrum_entry, summary_table, write_report, written_paths
+from nslora_dist.run_folder import claim_folder
 from nslora_dist.trainer import Trained, peak_memory, train
 
 log = logging.getLogger("nslora_dist")
@@ -182,7 +182,7 @@ class Run:
         report: dict[str, Any],
     ) -> Trained:
         """Trains one adapter, measures it, writes it, and puts its figures into the report."""
-        own = arm.evaluation.baselines == self.recipe.evaluation.baselines and name == self.recipe.arm_name
+        own = name == self.recipe.arm_name
         folder = self.folder / ("adapter" if own else f"baselines/{name}")
         with self.phase("load"):
             engine = start_engine(self._job(arm, null_space), arm)
@@ -251,16 +251,7 @@ def export(
     engine: Engine, arm: Recipe, folder: Path, report: dict[str, Any], *, texts: list[CalibrationTexts], evaluated: str
 ) -> None:
     """Gathers the adapter module by module and writes it in PEFT's format on the original base."""
-    dtype = torch_dtype(arm.base_model)
-    factors: dict[str, Factors] = {}
-    for name, module in adapted_linears(engine.model).items():
-        a, b = engine.gather(module.lora_A), engine.gather(module.lora_B)
-        a0 = a if module.start_A is None else engine.gather(module.start_A)
-        b0 = None if module.start_B is None else engine.gather(module.start_B)
-        if dist.is_main():
-            made = Factors(a, b) if b0 is None else residual_factors(a, b, a0, b0)
-            # The dtype the update was computed in: more digits would claim what no forward pass has seen.
-            factors[name] = Factors(made.lora_a.to(dtype), made.lora_b.to(dtype))
+    factors = gather_factors(engine, torch_dtype(arm.base_model))
     adapter, section = arm.adapter, arm.calibration
     described = {t.name: {"sequences": len(t.calibration), "tokens": sum(map(len, t.calibration))} for t in texts}
     card = {
@@ -312,47 +303,6 @@ def _spectra(null_space: NullSpace | None) -> dict[str, Any]:
         for group, entry in null_space.manifest["groups"].items()
         if f"{group}.spectrum" in null_space.tensors
     }
-
-
-def claim_folder(recipe: Recipe) -> None:
-    """Makes the run folder this recipe's own; another recipe's, or somebody's files, are left alone.
-
-    The engine may differ, for everything in the folder can move between engines.
-
-    Raises:
-        UserError: the folder holds something else; on every rank.
-    """
-    folder = Path(recipe.output_dir)
-    with dist.together("claiming the output folder"):
-        if not dist.is_main():
-            return
-        known = folder / "recipe.yaml"
-        if known.is_file():
-            theirs, ours = yaml.safe_load(known.read_text(encoding="utf-8")), yaml.safe_load(recipe.to_yaml())
-            different = sorted(_differences(theirs, ours))
-            if different:
-                raise UserError(
-                    f"output_dir {folder}: holds another recipe's run ({', '.join(different[:3])} differ); "
-                    "give output_dir=another/folder, or move that one away"
-                )
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"output_dir {folder}: holds files of no run; give output_dir=another/folder")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            artifacts.write_text(known, recipe.to_yaml())
-        except OSError as error:
-            raise UserError(f"output_dir {folder}: cannot be written ({error.strerror})") from error
-
-
-def _differences(theirs: Any, ours: Any, path: str = "") -> Iterator[str]:
-    if not isinstance(theirs, dict) or not isinstance(ours, dict):
-        if theirs != ours:
-            yield path
-        return
-    for key in theirs.keys() | ours.keys():
-        here = f"{path}.{key}" if path else str(key)
-        if here not in ("engine", "output_dir", "train.log_every", "base_model.config"):
-            yield from _differences(theirs.get(key), ours.get(key), here)
 
 
 def run_training(recipe: Recipe, device: torch.device) -> None:

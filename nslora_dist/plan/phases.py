@@ -167,7 +167,7 @@ def largest_ownership(shapes: Shapes, world_size: int, placement: str) -> tuple[
         return shapes.groups
     loads = [0.0] * world_size
     worst: tuple[Group, ...] = ()
-    for _ in range(min(shapes.layers, 4 * world_size)):
+    for _ in range(shapes.layers):
         mine: dict[int, list[Group]] = {}
         for group in shapes.groups:
             owner = min(range(world_size), key=loads.__getitem__)

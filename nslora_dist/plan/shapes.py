@@ -1,4 +1,4 @@
-"""What a recipe's model consists of, as plain numbers: parameters by unit, input groups, the order of a block's modules.
+"""A recipe's model as plain numbers: parameters by unit, input groups, and the order of a block's modules.
 
 Read off the model built on the meta device (``build_empty``, ``attach_adapters``), so a plan needs the config alone and
 follows the code where layouts, biases or packing change.

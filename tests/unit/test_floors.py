@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "nslora_dist"
 FLOORS = (
     "errors explain zero_file recipe recipe_file dist quiet eigensolver null_space linear adapter artifacts",
-    "rows batches data calibration_data base_files base_model calibration supervised card export engines merging",
+    "rows batches data calibration_data base_files base_model calibration supervised card export engines merging run_folder",
     "checkpoint evaluate trainer report plots dry_run plan tiny_world pretrain",
     "pipeline command",
 )
