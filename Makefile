@@ -46,10 +46,10 @@ $(READY): pyproject.toml constraints.txt
 	@rm -f $@
 	@test -x $(VENV)/bin/python || { echo "== .venv with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
 	@echo "== installing $(TORCH_SPEC) (200 MB)"
-	@$(PIP) "$(TORCH_SPEC)" $(TORCH_INDEX) -c constraints.txt || { \
-		echo "error: pip's own sources have no $(TORCH_SPEC); name PyTorch's wheel index (its install page gives it):"; \
-		echo "       make TORCH_INDEX='--index-url URL', or take whatever build they have: make TORCH_SPEC=torch==$(TORCH)"; \
-		exit 1; }
+	@$(PIP) "$(TORCH_SPEC)" $(TORCH_INDEX) -c constraints.txt 2>/dev/null || { \
+		echo "== pip's sources have no such build: taking their torch==$(TORCH), which may bring CUDA packages along"; \
+		echo "   (to avoid that: make TORCH_INDEX='--index-url URL' with the CPU index of PyTorch's install page)"; \
+		$(PIP) "torch==$(TORCH)" -c constraints.txt; }
 	@echo "== installing nslora_dist and what it needs, pinned in constraints.txt (a few minutes)"
 	@$(PIP) -c constraints.txt -e ".[dev]"
 	@touch $@

@@ -15,7 +15,7 @@ import _common  # noqa: F401  (puts the repository on the path)
 import torch
 
 SAMPLE_SECONDS = 0.002
-PRELOAD = ("torch", "transformers", "bitsandbytes.functional", "nslora_dist.engines.fsdp2", "nslora_dist.engines.zero3")
+PRELOAD = ("torch", "transformers", "bitsandbytes.functional", "nslora_dist.engines.fsdp2")
 ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
@@ -66,7 +66,12 @@ def memory(pid: int | str = "self") -> tuple[int, int]:
 
 
 def watched_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, threads: int = 1, timeout: float = 900.0
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    threads: int = 1,
+    timeout: float = 900.0,
+    preload: tuple[str, ...] = (),
 ) -> list[Watched]:
     """Runs ``function(*args)`` on every rank and watches their memory while it runs.
 
@@ -77,6 +82,7 @@ def watched_ranks(
         args: for the function, picklable.
         threads: of the CPU kernels, per rank.
         timeout: seconds until the ranks are stopped.
+        preload: modules to be ready in every rank, beside the usual ones; as in the first call.
 
     Raises:
         RuntimeError: a rank failed or took too long.
@@ -85,7 +91,7 @@ def watched_ranks(
     os.environ |= ENVIRONMENT
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["_common", *PRELOAD])
+    context.set_forkserver_preload(["_common", *PRELOAD, *preload])
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         ranks = []
         for number in range(world_size):

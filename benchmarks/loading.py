@@ -117,6 +117,7 @@ def main() -> None:
     config = llama_config(
         hidden=args.hidden, intermediate=args.intermediate, layers=args.layers, vocabulary=args.vocabulary
     )
+    preload = ("nslora_dist.engines.zero3",) if "zero3" in args.engines else ()
     figures: dict[str, Any] = {}
     settings = {name: value for name, value in vars(args).items() if name != "json"}
     with tempfile.TemporaryDirectory(prefix="loading-") as name:
@@ -127,7 +128,7 @@ def main() -> None:
             for engine in args.engines:
                 model, block = loaded_bytes(config, quantization, engine)
                 bound = model // 2 + 2 * block
-                ranks = watched_ranks(load, 2, engine, name, quantization, threads=args.threads or 1)
+                ranks = watched_ranks(load, 2, engine, name, quantization, threads=args.threads or 1, preload=preload)
                 peak = max(rank.added for rank in ranks)
                 new |= {
                     f"bytes_model_{case}_{engine}": model,

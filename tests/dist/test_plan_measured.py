@@ -296,6 +296,8 @@ def measure_memory(recipe: Recipe) -> dict[str, Any]:
     run = Run(recipe, CPU)
     with Allocations(mapped) as calibrating:
         space = run.null_space()
+    # A tensor that gloo's own thread let go of last is missed by the profiler: it seems to be there to the end.
+    missed = max(0, calibrating.live - sum(t.numel() * t.element_size() for t in space.tensors.values()))
     data = TrainingData.load(recipe.data, recipe.train, run.tokenizer)
     batches = data.micro_batches(0, rank=dist.rank(), world_size=dist.world_size())
     gc.collect()
@@ -317,7 +319,7 @@ def measure_memory(recipe: Recipe) -> dict[str, Any]:
     with Allocations(mapped) as backward:
         engine.backward(loss)
     return {
-        "calibration": calibrating.peak,
+        "calibration": calibrating.peak - missed,
         "after_backward": after_backward,
         "after_step": after_step,
         "saved": forward.live,

@@ -174,7 +174,8 @@ def test_checkpointing_saves_memory_and_rows_cost_it(large: tuple[Recipe, Shapes
 def test_ownership_follows_the_dealing(large: tuple[Recipe, Shapes]) -> None:
     _, shapes = large
     assert largest_ownership(shapes, 8, "rank0") == shapes.groups
-    assert [g.width for g in largest_ownership(shapes, 8, "spread")] == [28672]
+    # The rank with the least to do takes a block's narrow groups and, still having the least, its wide one.
+    assert 28672 in {g.width for g in largest_ownership(shapes, 8, "spread")}
     loads = owned_groups(shapes, 8, "spread")
     assert max(loads) < 1.2 * sum(loads) / 8
 
@@ -229,7 +230,7 @@ def test_remedies_come_in_order(toy: tuple[Recipe, Shapes]) -> None:
         "--gpus",
         "engine.name",
     ]
-    hopeless = make_plan(recipe, shapes, replace(GPU, gpu_memory=1.6e9))
+    hopeless = make_plan(recipe, shapes, replace(GPU, gpus=2, gpu_memory=1e9))
     assert "nothing tried fits" in advise(hopeless)[-1]
 
 
