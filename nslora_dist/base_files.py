@@ -1,9 +1,11 @@
 """The base on disk: a folder of safetensors, found locally or on the hub, read tensor by tensor."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -12,7 +14,9 @@ from torch import Tensor
 
 from nslora_dist.errors import UserError
 from nslora_dist.explain import nearest
-from nslora_dist.recipe import BaseModelSection
+
+if TYPE_CHECKING:
+    from nslora_dist.recipe import BaseModelSection
 
 
 class Checkpoint:

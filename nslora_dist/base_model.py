@@ -2,27 +2,32 @@
 
 The model is built on the meta device and filled unit by unit (embedding, each decoder block, final norm, head) straight
 from safetensors, so that an engine can shard one unit before the next one is read: a rank never holds more than its
-shards and one block, in bfloat16 as in 4 bits. ``bitsandbytes`` is imported here alone.
+shards and one block, in bfloat16 as in 4 bits.
 """
+
+from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from nslora_dist import nf4
 from nslora_dist.adapter import AdaptedLinear
 from nslora_dist.base_files import Checkpoint
 from nslora_dist.errors import UserError
 from nslora_dist.explain import nearest
 from nslora_dist.linear import LowRank, frozen_linear, head_loss
-from nslora_dist.recipe import AdapterSection, BaseModelSection
+from nslora_dist.nf4 import BLOCK as NF4_BLOCK
 
-NF4_BLOCK = 64
+if TYPE_CHECKING:
+    from nslora_dist.recipe import AdapterSection, BaseModelSection
+
 SIZES = (
     "model_type",
     "hidden_size",
@@ -89,11 +94,7 @@ class FrozenLinear(nn.Module):
     def fill(self, weight: Tensor, bias: Tensor | None) -> None:
         """Takes (d_out, d_in) and (d_out,) values on their final device, and packs the weight if this is 4-bit."""
         if self.quantized:
-            import bitsandbytes.functional as bnb
-
-            weight, self.quant_state = bnb.quantize_4bit(
-                weight, blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4", quant_storage=self.dtype
-            )
+            weight, self.quant_state = nf4.pack(weight)
         self.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
             self.bias = nn.Parameter(bias, requires_grad=False)
@@ -102,9 +103,7 @@ class FrozenLinear(nn.Module):
         """The stored (gathered) weight as (d_out, d_in) in the base's dtype; no copy if it is dense already."""
         if not self.quantized:
             return weight
-        import bitsandbytes.functional as bnb
-
-        return bnb.dequantize_4bit(weight.data, self.quant_state)
+        return nf4.unpack(weight.data, self.quant_state)
 
     def forward(self, x: Tensor, *, update: LowRank | None = None) -> Tensor:
         """(..., d_in) → (..., d_out), an adapter's update added."""

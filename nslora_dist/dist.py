@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch import Tensor
 from nslora_dist.errors import UserError
 
 log = logging.getLogger("nslora_dist")
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -97,6 +99,14 @@ def share(value: object) -> object:
     return box[0]
 
 
+def gather(value: T) -> list[T]:
+    """Every rank's ``value``, by rank, on every rank; for small Python values."""
+    everyone: list[Any] = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(everyone, value)
+    return everyone
+
+
 def barrier() -> None:
     """Waits for every rank."""
     if world_size() > 1:
@@ -123,9 +133,7 @@ def together(what: str) -> Iterator[None]:
             raise failure
         return
     mine = None if failure is None else (isinstance(failure, UserError), f"{failure}")
-    everyone: list[tuple[bool, str] | None] = [None] * world_size()
-    dist.all_gather_object(everyone, mine)
-    failed = [(number, said) for number, said in enumerate(everyone) if said is not None]
+    failed = [(number, said) for number, said in enumerate(gather(mine)) if said is not None]
     if not failed:
         return
     if failure is not None and not isinstance(failure, UserError):

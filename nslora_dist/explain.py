@@ -1,10 +1,13 @@
 """What is wrong with a recipe, in one line a person can act on."""
 
+from __future__ import annotations
+
 import difflib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ValidationError
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -42,6 +45,8 @@ def explain(error: ValidationError, root: type[BaseModel], *, origin: str = "", 
 
 def _known_keys(root: type[BaseModel], location: Sequence[str | int]) -> list[str]:
     """The keys allowed in the section that ``location``'s last part stands in."""
+    from pydantic import BaseModel  # a GPU benchmark runs where there is none
+
     model: Any = root
     for part in location[:-1]:
         if isinstance(model, type) and issubclass(model, BaseModel):

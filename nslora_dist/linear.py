@@ -34,6 +34,13 @@ class LowRank(NamedTuple):
     scale: float
 
 
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + bias, past ``functional.linear``, which DeepSpeed replaces by its own for the whole process."""
+    rows = x.flatten(0, -2)
+    y = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
+    return y.unflatten(0, x.shape[:-1])
+
+
 class _FrozenLinear(torch.autograd.Function):
     """x Wᵀ + bias + scale · x Aᵀ Bᵀ with W frozen; A and B may take gradients."""
 
@@ -49,11 +56,11 @@ class _FrozenLinear(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         ctx.unpack, ctx.scale = unpack, scale
-        y = functional.linear(x, weight if unpack is None else unpack(weight), bias)
+        y = _product(x, weight if unpack is None else unpack(weight), bias)
         if a is None or b is None:
             ctx.save_for_backward(weight, None, None, None, None)
             return y
-        z = functional.linear(x, a)
+        z = _product(x, a, None)
         # In place on the product: an update of its own would be written to memory and read again.
         y.flatten(0, -2).addmm_(z.flatten(0, -2), b.T, alpha=scale)
         ctx.save_for_backward(weight, a, b, z, x if ctx.needs_input_grad[4] else None)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nslora_dist import artifacts, dist
 from nslora_dist.adapter import AdaptedLinear, adapted_linears
+from nslora_dist.arms import FinishedArm, evaluation_hash
 from nslora_dist.base_files import Checkpoint, locate
 from nslora_dist.base_model import (
     InputGroup,
@@ -37,7 +38,7 @@ from nslora_dist.export import gather_factors, write_adapter
 from nslora_dist.recipe import Recipe
 from nslora_dist.report import Scalars, spectrum_entry, summary_table, write_report, written_paths
 from nslora_dist.run_folder import claim_folder
-from nslora_dist.trainer import Trained, peak_memory, train
+from nslora_dist.trainer import peak_memory, train
 
 log = logging.getLogger("nslora_dist")
 
@@ -154,15 +155,12 @@ class Run:
                 "without_response": data.without_response,
             },
         }
-        trained = self._arm(recipe, recipe.arm_name, null_space, data, sets, report)
-        report |= {
-            "losses": trained.losses,
-            "grad_norms": trained.grad_norms,
-            "tokens_per_second": trained.tokens_per_second,
-        }
+        hashes = self._null_space_key()["hashes"] | {"rows": data.hash, "evaluation": evaluation_hash(sets)}
+        figures = self._arm(recipe, recipe.arm_name, null_space, data, sets, report, hashes)
+        report |= {key: figures[key] for key in ("losses", "grad_norms", "tokens_per_second")}
         for name, arm in baselines.items():
             arm_data = data if arm.train == recipe.train else TrainingData.load(arm.data, arm.train, self.tokenizer)
-            self._arm(arm, name, null_space if _fits(arm, recipe) else None, arm_data, sets, report)
+            self._arm(arm, name, null_space if _fits(arm, recipe) else None, arm_data, sets, report, hashes)
         memory = torch.tensor([peak_memory()], dtype=torch.int64, device=self.device)
         if dist.world_size() > 1:
             torch.distributed.all_reduce(memory, op=torch.distributed.ReduceOp.MAX)
@@ -180,31 +178,67 @@ class Run:
         data: TrainingData,
         sets: EvaluationSets,
         report: dict[str, Any],
-    ) -> Trained:
-        """Trains one adapter, measures it, writes it, and puts its figures into the report."""
+        hashes: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Trains one adapter, measures it and writes it, or takes up what an earlier run of the same left.
+
+        Returns:
+            The arm's figures, which are in the report as well.
+        """
         own = name == self.recipe.arm_name
         folder = self.folder / ("adapter" if own else f"baselines/{name}")
+        finished = FinishedArm(self.folder, name, folder, arm=arm, hashes=hashes)
+        figures = finished.read()
+        engine = None
+        if figures is None:
+            engine, figures = self._train_arm(arm, name, null_space, data, sets, report)
+        report["evaluation"].setdefault("base", figures["base"])
+        report["evaluation"][name] = figures["scores"]
+        report["interference_by_arm"][name] = figures["interference"]
+        if own:
+            report |= {"interference": figures["interference"], "adapter": str(folder)}
+        if engine is not None:
+            with self.phase("export"):
+                export(engine, arm, folder, report, texts=self.texts, evaluated=name)
+            engine.close()
+            finished.write(figures | {"seconds": self.seconds})
+        else:
+            # The phases that were skipped took their time in the run that did them.
+            self.seconds = figures["seconds"] | {k: v for k, v in self.seconds.items() if k == "data"}
+        return figures
+
+    def _train_arm(
+        self,
+        arm: Recipe,
+        name: str,
+        null_space: NullSpace | None,
+        data: TrainingData,
+        sets: EvaluationSets,
+        report: dict[str, Any],
+    ) -> tuple[Engine, dict[str, Any]]:
+        """Loads, trains and measures; the adapter is still in the engine."""
         with self.phase("load"):
             engine = start_engine(self._job(arm, null_space), arm)
-        if "base" not in report["evaluation"]:
+        base = report["evaluation"].get("base")
+        if base is None:
             # Every adapter starts as the base's own function, so the first arm's engine stands for the base.
             with self.phase("evaluation"):
-                report["evaluation"]["base"] = evaluate(engine, sets, device=self.device)
+                base = evaluate(engine, sets, device=self.device)
         with self.phase("training"), Scalars(self.folder / "tensorboard" / name) as scalars:
             trained = train(
                 engine, data, arm.train, device=self.device, scalars=scalars, description=f"training {name}"
             )
         with self.phase("evaluation"):
-            scores = evaluate(engine, sets, device=self.device)
-            report["evaluation"][name] = scores | {"learning_rate": arm.train.learning_rate}
+            scores = evaluate(engine, sets, device=self.device) | {"learning_rate": arm.train.learning_rate}
             interference = summarise(self._interference(engine, data, arm), self.texts)
-        report["interference_by_arm"][name] = interference
-        if own:
-            report |= {"interference": interference, "adapter": str(folder)}
-        with self.phase("export"):
-            export(engine, arm, folder, report, texts=self.texts, evaluated=name)
-        engine.close()
-        return trained
+        return engine, {
+            "base": base,
+            "scores": scores,
+            "interference": interference,
+            "losses": trained.losses,
+            "grad_norms": trained.grad_norms,
+            "tokens_per_second": trained.tokens_per_second,
+        }
 
     def _interference(self, engine: Engine, data: TrainingData, arm: Recipe) -> dict[str, dict[str, Tensor]]:
         """Of the final adapter: from r × r matrices where A is frozen, else by a forward pass over all texts."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nslora_dist.data import Batch
+from nslora_dist.batches import Batch
 
 
 class SupervisedModel(nn.Module):

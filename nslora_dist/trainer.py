@@ -158,11 +158,7 @@ def _blame(engine: Engine, batches: Sequence[Batch], *, step: int, device: torch
         samples = batches[number].samples
         which = f", sample {', '.join(map(str, samples[row]))} of data.path" if row < len(samples) else ""
         mine = f"rank {dist.rank()}, micro-batch {number}, row {row}, module {name}{which}"
-    everyone: list[str | None] = [mine]
-    if dist.world_size() > 1:
-        everyone = [None] * dist.world_size()
-        torch.distributed.all_gather_object(everyone, mine)
-    where = next((place for place in everyone if place is not None), "in the loss alone")
+    where = next((place for place in dist.gather(mine) if place is not None), "in the loss alone")
     return (
         f"training: the loss of step {step} is not finite (first at {where}); "
         "lower train.learning_rate, or use base_model.dtype=float32"

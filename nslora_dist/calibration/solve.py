@@ -1,13 +1,18 @@
 """One group's null space from its reduced Grams: what the group's owner computes, with no collective in it."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nslora_dist.null_space import leak, mix_grams, null_basis, projected_init, random_leak
-from nslora_dist.recipe import AdapterSection, CalibrationSection
+
+if TYPE_CHECKING:
+    from nslora_dist.recipe import AdapterSection, CalibrationSection
 
 SPECTRUM_WIDTH = 2048
 """Up to this width the whole spectrum is computed for the report's plot; it costs one more eigenvalue solve."""
@@ -36,7 +41,7 @@ class Solution:
     @classmethod
     def empty(
         cls, width: int, outputs: Mapping[str, int], *, sources: int, adapter: AdapterSection, device: torch.device
-    ) -> "Solution":
+    ) -> Solution:
         """Zeros of the shapes that the owner sends; ``outputs`` maps module names to d_out."""
         rank = adapter.rank
         residual = adapter.form == "residual"

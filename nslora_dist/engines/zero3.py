@@ -65,9 +65,6 @@ class Zero3Engine:
 
         # On a CPU DeepSpeed would compile an extension for minutes that tensor-parallel inference alone calls.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # On CPUs DeepSpeed would compile a shared-memory reduction first, a minute of C++ for each new environment;
-        # gloo does the same sums, and nothing here then needs a compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=False)
         self.model = job.model
         root = prepare(job, recipe, shard)
@@ -85,7 +82,10 @@ class Zero3Engine:
     def matches(self, batch: Batch) -> Tensor:
         """See ``Engine``."""
         self.engine.eval()
-        return self.engine(batch)
+        right = self.engine(batch)
+        # Without a backward pass the parameters prefetched for one stay in flight, and nothing could gather them.
+        self.engine.empty_partition_cache()
+        return right
 
     def backward(self, loss: Tensor) -> None:
         """See ``Engine``. The loss is weighted by tokens already, so DeepSpeed must not divide it by micro-batches.

@@ -10,16 +10,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "nslora_dist"
 FLOORS = (
-    "errors explain zero_file recipe recipe_file dist quiet eigensolver null_space linear adapter artifacts",
-    "rows batches data calibration_data base_files base_model calibration supervised card export engines merging run_folder",
-    "checkpoint evaluate trainer report plots dry_run plan tiny_world pretrain",
+    "errors explain zero_file recipe recipe_file dist quiet eigensolver null_space linear nf4 adapter artifacts",
+    "rows batches data calibration_data base_files base_model calibration supervised card export engines run_folder",
+    "checkpoint arms evaluate trainer report plots dry_run plan tiny_world pretrain",
     "pipeline command",
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
 LONGEST = 400
 """Lines; a room is meant to stay under about 300, past which it has two jobs."""
 # Packages that one room alone may import, so that their peculiarities have one place.
-ALONE = {"deepspeed": {"engines/zero3.py"}, "bitsandbytes": {"base_model.py"}, "peft": {"export.py"}}
+ALONE = {"deepspeed": {"engines/zero3.py"}, "bitsandbytes": {"nf4.py"}, "peft": {"export.py"}}
 
 
 def files() -> list[Path]:
