@@ -93,7 +93,8 @@ class Calibration:
                 with dist.together(f"loading block {number}"):
                     self.stream.load(number)
                 groups = self._of_block(number)
-                owners = {group.name: self._owner(group) for group in groups}
+                # Widest first: dealt last, it would go to whoever has just got the narrow ones.
+                owners = {g.name: self._owner(g) for g in sorted(groups, key=lambda g: -g.in_features)}
                 sums, grams = self._sources(number, sources, groups, owners)
                 if pending is not None:
                     self._finish(pending)

@@ -155,7 +155,7 @@ def owned_groups(shapes: Shapes, world_size: int, placement: str) -> list[float]
     """Cubed widths that each rank solves over the whole run, dealt as ``Calibration._owner`` deals them."""
     loads = [0.0] * world_size
     for _ in range(shapes.layers):
-        for group in shapes.groups:
+        for group in sorted(shapes.groups, key=lambda g: -g.width):
             owner = 0 if placement == "rank0" else min(range(world_size), key=loads.__getitem__)
             loads[owner] += float(group.width) ** 3
     return loads
@@ -169,7 +169,7 @@ def largest_ownership(shapes: Shapes, world_size: int, placement: str) -> tuple[
     worst: tuple[Group, ...] = ()
     for _ in range(shapes.layers):
         mine: dict[int, list[Group]] = {}
-        for group in shapes.groups:
+        for group in sorted(shapes.groups, key=lambda g: -g.width):
             owner = min(range(world_size), key=loads.__getitem__)
             loads[owner] += float(group.width) ** 3
             mine.setdefault(owner, []).append(group)

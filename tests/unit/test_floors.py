@@ -37,7 +37,8 @@ def imported(path: Path) -> tuple[str, ...]:
             assert node.level == 0, f"{path}:{node.lineno}: imports are written in full"
             base = node.module or ""
             # "from nslora_dist import dist" imports a module, "from nslora_dist.dist import rank" a name in one
-            names += [f"{base}.{alias.name}" for alias in node.names] if base.count(".") == 0 else [base]
+            inside = [f"{base}.{alias.name}" for alias in node.names if not alias.name.startswith("__")]
+            names += inside if base.count(".") == 0 else [base]
     return tuple(names)
 
 
