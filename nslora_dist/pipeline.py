@@ -5,6 +5,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ class Run:
     def null_space(self) -> NullSpace:
         """The null space of the recipe's own adapter: the one on disk where it fits, else a calibration pass."""
         recipe = self.recipe
-        key = self._null_space_key()
+        key = self._null_space_key
         folder = self.folder / "null_space"
         found = store.reusable(folder, key["key"])
         if found is not None:
@@ -101,6 +102,7 @@ class Run:
                     store.save(folder, null_space)
         return null_space
 
+    @cached_property
     def _null_space_key(self) -> dict[str, Any]:
         """What the null space depends on, and one hash over it: a run with the same hash reuses it."""
         adapter = self.recipe.adapter
@@ -155,7 +157,7 @@ class Run:
                 "without_response": data.without_response,
             },
         }
-        hashes = self._null_space_key()["hashes"] | {"rows": data.hash, "evaluation": evaluation_hash(sets)}
+        hashes = self._null_space_key["hashes"] | {"rows": data.hash, "evaluation": evaluation_hash(sets)}
         figures = self._arm(recipe, recipe.arm_name, null_space, data, sets, report, hashes)
         report |= {key: figures[key] for key in ("losses", "grad_norms", "tokens_per_second")}
         for name, arm in baselines.items():
