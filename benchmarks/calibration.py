@@ -26,12 +26,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nslora_dist.base_files import Checkpoint
-from nslora_dist.base_model import build_empty, input_groups, target_groups
+from nslora_dist.base_model import build_empty
 from nslora_dist.batches import Batch
 from nslora_dist.calibration.grams import Collector, GroupSums
 from nslora_dist.calibration.run import Calibration
 from nslora_dist.calibration.stream import BlockStream, Texts
 from nslora_dist.calibration_data import CalibrationTexts
+from nslora_dist.input_groups import input_groups, target_groups
 from nslora_dist.recipe import Recipe
 
 HERE = torch.device("cpu")

@@ -34,18 +34,13 @@ def load(engine: str, folder: str, quantization: str) -> Iterator[Any]:
     """One rank: imports, then loads."""
     import bitsandbytes.functional  # noqa: F401
 
+    from nslora_dist.base_config import load_config
     from nslora_dist.base_files import Checkpoint
-    from nslora_dist.base_model import (
-        attach_adapters,
-        build_empty,
-        fill_unit,
-        input_groups,
-        load_config,
-        target_groups,
-        torch_dtype,
-    )
+    from nslora_dist.base_model import build_empty, torch_dtype
+    from nslora_dist.base_weights import fill_unit
     from nslora_dist.engines import start_engine
     from nslora_dist.engines.base import Job, adapter_dtype
+    from nslora_dist.input_groups import attach_adapters, input_groups, target_groups
     from nslora_dist.recipe import Recipe
 
     if engine == "zero3":

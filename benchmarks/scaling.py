@@ -29,10 +29,12 @@ HERE = torch.device("cpu")
 
 def calibrate(folder: str, settings: dict[str, Any]) -> Iterator[Any]:
     """One rank's calibration from the checkpoint folder."""
+    from nslora_dist.base_config import load_config
     from nslora_dist.base_files import Checkpoint
-    from nslora_dist.base_model import build_empty, input_groups, load_config, target_groups
+    from nslora_dist.base_model import build_empty
     from nslora_dist.calibration.run import Calibration
     from nslora_dist.calibration_data import CalibrationTexts
+    from nslora_dist.input_groups import input_groups, target_groups
     from nslora_dist.recipe import Recipe
 
     recipe = Recipe.model_validate(recipe_tree(folder, rank=16, batch=1))
@@ -55,18 +57,13 @@ def calibrate(folder: str, settings: dict[str, Any]) -> Iterator[Any]:
 
 def train(folder: str, settings: dict[str, Any], engine: str, world_size: int) -> Iterator[Any]:
     """One rank's sharded load and a few steps; gives the median step."""
+    from nslora_dist.base_config import load_config
     from nslora_dist.base_files import Checkpoint
-    from nslora_dist.base_model import (
-        attach_adapters,
-        build_empty,
-        fill_unit,
-        input_groups,
-        load_config,
-        target_groups,
-        torch_dtype,
-    )
+    from nslora_dist.base_model import build_empty, torch_dtype
+    from nslora_dist.base_weights import fill_unit
     from nslora_dist.engines import start_engine
     from nslora_dist.engines.base import Job, adapter_dtype
+    from nslora_dist.input_groups import attach_adapters, input_groups, target_groups
     from nslora_dist.recipe import Recipe
 
     rows = settings["rows"] // world_size

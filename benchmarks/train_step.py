@@ -28,20 +28,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nslora_dist.base_files import Checkpoint
-from nslora_dist.base_model import (
-    FrozenHead,
-    attach_adapters,
-    build_empty,
-    fill_unit,
-    finish,
-    input_groups,
-    target_groups,
-    torch_dtype,
-    units,
-)
+from nslora_dist.base_model import build_empty, torch_dtype, units
+from nslora_dist.base_weights import fill_unit, finish
 from nslora_dist.batches import Batch
 from nslora_dist.engines.base import Job, adapter_dtype
 from nslora_dist.engines.single import SingleEngine
+from nslora_dist.frozen import FrozenHead
+from nslora_dist.input_groups import attach_adapters, input_groups, target_groups
 from nslora_dist.recipe import LINEAR_TARGETS, Recipe
 from nslora_dist.supervised import SupervisedModel
 

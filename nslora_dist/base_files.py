@@ -53,8 +53,23 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self.folder / file}: unreadable ({error}); fetch the file again") from error
 
-    def read(self, name: str, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """One tensor, in the dtype and on the device asked for.
+    def read(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        rows: slice | None = None,
+    ) -> Tensor:
+        """One tensor, or some rows of it, in the dtype and on the device asked for.
+
+        Args:
+            name: in the checkpoint.
+            shape: of the whole tensor, as the model's config has it.
+            dtype: to cast to.
+            device: to put it on.
+            rows: the part of the first dimension that is read from disk; all of it where left out.
 
         Raises:
             UserError: it is not in the checkpoint, or not of the shape that the model's config asks for.
@@ -64,10 +79,14 @@ class Checkpoint:
             raise UserError(f"base_model.path {self.folder}: holds no tensor '{name}'{nearest(name, list(self.files))}")
         with self._open(file) as opened:
             try:
-                found = tuple(opened.get_slice(name).get_shape())
+                stored = opened.get_slice(name)
+                found = tuple(stored.get_shape())
                 if found != shape:
                     raise UserError(f"{self.folder / file}: '{name}' is {found}, the model's config asks for {shape}")
-                return opened.get_tensor(name).to(device=device, dtype=dtype)
+                # A whole tensor is mapped and not copied where neither dtype nor device change.
+                whole = rows is None or rows == slice(0, shape[0])
+                value = opened.get_tensor(name) if whole else stored[rows]
+                return value.to(device=device, dtype=dtype)
             except SafetensorError as error:
                 raise UserError(f"{self.folder / file}: '{name}' is unreadable ({error})") from error
 

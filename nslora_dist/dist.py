@@ -28,6 +28,12 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def ranks_per_node() -> int:
+    """Ranks on this machine, as ``torchrun`` or ``deepspeed`` has it; all of them where nobody says."""
+    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return int(told) if told else world_size()
+
+
 def is_main() -> bool:
     """Whether this rank writes files and talks to the person."""
     return rank() == 0
@@ -88,6 +94,29 @@ def start_reduce_to(tensor: Tensor, *, owner: int) -> dist.Work | None:
         ranks' copies are undefined afterwards.
     """
     return dist.reduce(tensor, dst=owner, async_op=True) if world_size() > 1 else None
+
+
+def rows_of(count: int) -> slice:
+    """This rank's share of ``count`` rows: runs of equal length by rank, shorter or empty at the end."""
+    each = -(-count // world_size())
+    start = min(rank() * each, count)
+    return slice(start, min(start + each, count))
+
+
+def gather_rows(part: Tensor, *, count: int) -> Tensor:
+    """All ``count`` rows of a tensor of which every rank has those that ``rows_of`` gives it.
+
+    They travel as bytes, so that no dtype's rules touch them.
+    """
+    if world_size() == 1:
+        return part
+    each = -(-count // world_size())
+    if len(part) < each:
+        part = torch.cat([part, part.new_zeros(each - len(part), *part.shape[1:])])
+    whole = part.new_empty(each * world_size(), *part.shape[1:])
+    dist.all_gather_into_tensor(whole.view(-1).view(torch.uint8), part.contiguous().view(-1).view(torch.uint8))
+    # A copy where rows were added, or the tensor would keep their room.
+    return whole if len(whole) == count else whole[:count].clone()
 
 
 def share(value: object) -> object:

@@ -2,7 +2,10 @@
 
 from collections import Counter
 
-from nslora_dist.base_model import FrozenLinear, build_empty, input_groups, planning_config, target_groups
+from nslora_dist.base_config import planning_config
+from nslora_dist.base_model import build_empty
+from nslora_dist.frozen import FrozenLinear
+from nslora_dist.input_groups import input_groups, target_groups
 from nslora_dist.recipe import Recipe
 
 

@@ -15,17 +15,10 @@ from torch import Tensor, nn
 from nslora_dist import artifacts, dist
 from nslora_dist.adapter import AdaptedLinear, adapted_linears
 from nslora_dist.arms import FinishedArm, evaluation_hash
+from nslora_dist.base_config import load_config
 from nslora_dist.base_files import Checkpoint, locate
-from nslora_dist.base_model import (
-    InputGroup,
-    attach_adapters,
-    build_empty,
-    fill_unit,
-    input_groups,
-    load_config,
-    target_groups,
-    torch_dtype,
-)
+from nslora_dist.base_model import build_empty, torch_dtype
+from nslora_dist.base_weights import fill_unit
 from nslora_dist.calibration import store
 from nslora_dist.calibration.run import Calibration
 from nslora_dist.calibration.store import NullSpace
@@ -36,6 +29,9 @@ from nslora_dist.engines.base import Job, adapter_dtype
 from nslora_dist.errors import UserError
 from nslora_dist.evaluate import EvaluationSets, evaluate, forward_interference, live_interference, summarise
 from nslora_dist.export import gather_factors, write_adapter
+from nslora_dist.input_groups import InputGroup, attach_adapters, input_groups, target_groups
+from nslora_dist.plan.check import check
+from nslora_dist.plan.shapes import shapes_of
 from nslora_dist.recipe import Recipe
 from nslora_dist.report import Scalars, spectrum_entry, summary_table, write_report, written_paths
 from nslora_dist.run_folder import claim_folder
@@ -76,6 +72,20 @@ class Run:
     def _groups(self, recipe: Recipe) -> list[InputGroup]:
         return target_groups(input_groups(build_empty(recipe.base_model, self.config)), recipe.adapter)
 
+    def _check_room(self, arm: Recipe, *phases: str) -> None:
+        """Whether the plan of these phases fits this machine's free disk and memory, before any of them starts."""
+        with dist.together("checking for room"):
+            shapes = shapes_of(arm, self.config)
+            for phase in phases:
+                check(
+                    arm,
+                    phase,
+                    world_size=dist.world_size(),
+                    device=self.device,
+                    ranks_per_node=dist.ranks_per_node(),
+                    shapes=shapes,
+                )
+
     def null_space(self) -> NullSpace:
         """The null space of the recipe's own adapter: the one on disk where it fits, else a calibration pass."""
         recipe = self.recipe
@@ -85,6 +95,7 @@ class Run:
         if found is not None:
             log.info("null space: %s fits base, data and settings; used again", folder)
             return found
+        self._check_room(recipe, "calibrate")
         with self.phase("calibration"):
             empty = build_empty(recipe.base_model, self.config)
             calibration = Calibration(
@@ -138,6 +149,8 @@ class Run:
         with self.phase("data"):
             data = TrainingData.load(recipe.data, recipe.train, self.tokenizer)
             sets = EvaluationSets.load(recipe.evaluation, self.tokenizer)
+        for arm in (recipe, *baselines.values()):
+            self._check_room(arm, "load", "train", "export")
         claim_folder(recipe)
         null_space = self.null_space() if recipe.adapter.method == "lora_null" else None
         report: dict[str, Any] = {
@@ -262,13 +275,14 @@ class Run:
         attach_adapters(model, self._groups(arm), arm.adapter, adapter_dtype(arm, torch_dtype(arm.base_model)))
 
         def fill(unit: nn.Module, name: str) -> None:
-            with dist.together(f"loading {name}"):
-                fill_unit(unit, name, self.checkpoint, device=self.device)
-            for module in [m for m in unit.modules() if isinstance(m, AdaptedLinear)]:
-                if null_space is None:
+            fill_unit(unit, name, self.checkpoint, device=self.device)
+            adapted = adapted_linears(unit)
+            if null_space is None:
+                for module in adapted.values():
                     module.fill(random_a(module, seed=arm.train.seed), None, device=self.device)
-                    continue
-                start = null_space.start(module.name, device=self.device)
+                return
+            for target, start in null_space.starts(adapted, device=self.device):
+                module = adapted[target]
                 module.fill(start.a, start.b, device=self.device)
                 if module.a_is_frozen:
                     module.update_grams, module.references = start.update_grams, start.references

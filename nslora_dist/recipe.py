@@ -171,6 +171,7 @@ class TrainSection(Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     max_grad_norm: Positive = 1.0
     activation_checkpointing: bool = False
+    compile: bool = False  # torch.compile of each decoder block; its first steps take minutes
     seed: int = 0
     log_every: Count = 10
 
@@ -256,6 +257,11 @@ class Recipe(Section):
             check_zero_config(self)
         if self.engine.name != "zero3" and self.engine.config is not None:
             raise ValueError(f"engine.config is a DeepSpeed file, engine.name is '{self.engine.name}': leave it out")
+        if self.train.compile and self.engine.name == "zero3":
+            raise ValueError(
+                "train.compile: DeepSpeed's hooks on every module would cut the compiled blocks to pieces: "
+                "set engine.name to fsdp2 or single, or train.compile: false"
+            )
         for name in self.evaluation.baselines:
             if name in ("base", self.arm_name):
                 raise ValueError(f"evaluation.baselines.{name}: that name is taken in the report; choose another")

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nslora_dist.base_model import FrozenLinear, InputGroup
 from nslora_dist.batches import Batch
+from nslora_dist.frozen import FrozenLinear
+from nslora_dist.input_groups import InputGroup
 
 LEAF = {"cpu": 128, "cuda": 2048}
 """A Gram is symmetric, so its triangle is halved until the tiles on the diagonal, computed whole, are this small.

@@ -18,13 +18,14 @@ from transformers import PreTrainedModel
 
 from nslora_dist import dist
 from nslora_dist.base_files import Checkpoint
-from nslora_dist.base_model import FrozenLinear, InputGroup
 from nslora_dist.calibration.grams import NONE_BAD, Collector, GroupSums
 from nslora_dist.calibration.solve import Solution, solve_group
 from nslora_dist.calibration.store import MIXTURE, NullSpace
 from nslora_dist.calibration.stream import BlockStream, Texts
 from nslora_dist.calibration_data import CalibrationTexts, text_batches
 from nslora_dist.errors import UserError
+from nslora_dist.frozen import FrozenLinear
+from nslora_dist.input_groups import InputGroup
 from nslora_dist.null_space import pack_triangle, unpack_triangle
 from nslora_dist.recipe import AdapterSection, CalibrationSection
 
@@ -90,8 +91,7 @@ class Calibration:
         bar = tqdm(range(len(self.stream.blocks)), desc="calibration", unit="block", disable=not dist.is_main())
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="solver") as thread:
             for number in bar:
-                with dist.together(f"loading block {number}"):
-                    self.stream.load(number)
+                self.stream.load(number)
                 groups = self._of_block(number)
                 # Widest first: dealt last, it would go to whoever has just got the narrow ones.
                 owners = {g.name: self._owner(g) for g in sorted(groups, key=lambda g: -g.in_features)}

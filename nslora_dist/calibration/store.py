@@ -12,7 +12,7 @@ Tensors, all float32:
 Keeping M instead of A₀ costs r × r a module where A₀ would cost r × d_in.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,21 +52,34 @@ class NullSpace:
     manifest: dict[str, Any]
     tensors: Mapping[str, Tensor]
 
-    def start(self, module: str, *, device: torch.device) -> ModuleStart:
-        """One module's start, sent from rank 0 to every rank: call it on all of them, in the same order."""
-        entry = self.manifest["modules"][module]
-        group = entry["group"]
-        shapes = self.manifest["groups"][group]
-        width, rank = shapes["in_features"], self.manifest["settings"]["rank"]
-        basis = self._send(f"{group}.basis", (width, rank), device)
-        mix = self._send(f"{module}.mix", (rank, rank), device) if entry["mixed"] else None
-        b = self._send(f"{module}.start_B", (entry["out_features"], rank), device) if entry["has_start_b"] else None
-        grams = {}
-        for name in entry["references"]:
-            gram = self._send(f"{group}.update_gram.{name}", (rank, rank), device)
-            grams[name] = gram if mix is None else mix @ gram @ mix.T
-        a = basis.T.contiguous() if mix is None else mix @ basis.T
-        return ModuleStart(a=a, b=b, update_grams=grams, references=dict(entry["references"]))
+    def starts(self, modules: Iterable[str], *, device: torch.device) -> Iterator[tuple[str, ModuleStart]]:
+        """Each module's start, sent from rank 0 to every rank: call it on all of them, in the same order.
+
+        What the modules of a group share travels once, if they follow each other.
+        """
+        rank = self.manifest["settings"]["rank"]
+        last = None
+        for module in modules:
+            entry = self.manifest["modules"][module]
+            group = entry["group"]
+            if group != last:
+                last, width = group, self.manifest["groups"][group]["in_features"]
+                basis = self._send(f"{group}.basis", (width, rank), device)
+                small = {
+                    name: self._send(f"{group}.update_gram.{name}", (rank, rank), device)
+                    for name in entry["references"]
+                }
+            mix = self._send(f"{module}.mix", (rank, rank), device) if entry["mixed"] else None
+            b = self._send(f"{module}.start_B", (entry["out_features"], rank), device) if entry["has_start_b"] else None
+            yield (
+                module,
+                ModuleStart(
+                    a=basis.T.contiguous() if mix is None else mix @ basis.T,
+                    b=b,
+                    update_grams={name: gram if mix is None else mix @ gram @ mix.T for name, gram in small.items()},
+                    references=dict(entry["references"]),
+                ),
+            )
 
     def _send(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
         if dist.is_main():

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nslora_dist.base_files import Checkpoint
-from nslora_dist.base_model import PassThrough, blocks, empty_unit, fill_rotary, fill_unit
+from nslora_dist.base_model import blocks
+from nslora_dist.base_weights import empty_unit, fill_rotary, fill_unit
 from nslora_dist.batches import Batch
 from nslora_dist.calibration.grams import Collector
+from nslora_dist.frozen import PassThrough
 
 
 class Texts:

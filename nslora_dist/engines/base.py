@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nslora_dist.base_model import finish, units
+from nslora_dist.base_model import units
+from nslora_dist.base_weights import finish
 from nslora_dist.data import Batch
 from nslora_dist.recipe import Recipe
 from nslora_dist.supervised import SupervisedModel
@@ -79,7 +80,7 @@ def prepare(job: Job, recipe: Recipe, shard: Callable[[str, nn.Module], None]) -
 
     Args:
         job: the empty model.
-        recipe: for activation checkpointing.
+        recipe: for activation checkpointing and compiling.
         shard: keeps this rank's part of a unit just filled and frees the rest.
 
     Returns:
@@ -87,6 +88,8 @@ def prepare(job: Job, recipe: Recipe, shard: Callable[[str, nn.Module], None]) -
     """
     for name, unit in units(job.model):
         job.fill(unit, name)
+        if recipe.train.compile and name.startswith("model.layers."):
+            unit.compile()  # before it is sharded, so that gathering stays outside of the compiled code
         shard(name, unit)
         return_freed_memory()
     finish(job.model, device=job.device)

@@ -269,7 +269,10 @@ def calibration(
         running += FLOAT32 * (max(g.width for g in shapes.groups) / 2) ** 2
     if shapes.quantized:
         running += shapes.dense_block
-    parts: Parts = {"block weights": 2.0 * block, "token ids": ids}
+    parts: Parts = {
+        "block weights": 2.0 * block,
+        "token ids": ids,
+    }
     if overlapped:
         parts |= {"Grams": grams, "activations": running, "solver": solving}
     elif block + grams + running >= solving:

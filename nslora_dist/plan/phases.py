@@ -122,32 +122,39 @@ def wire_seconds(wire: list[Traffic] | tuple[Traffic, ...], cluster: Cluster) ->
     return traffic.sent_bytes(wire, cluster.gpus) / cluster.link + calls * cluster.latency * ceil(log2(cluster.gpus))
 
 
-def _load(recipe: Recipe, shapes: Shapes, cluster: Cluster, knobs: zero3.Knobs) -> Phase:
-    """Every rank reads every unit whole and keeps its part (``prepare``); rank 0 sends the starts.
+def _read_seconds(shapes: Shapes, cluster: Cluster) -> float:
+    """The checkpoint off the disks of all nodes, each of which reads its ranks' rows alone."""
+    return shapes.checkpoint * cluster.ranks_per_node / cluster.gpus / cluster.disk_bandwidth
 
-    Memory: what stays, the largest unit, and beside it one more linear in the compute dtype while it is packed.
+
+def _load(recipe: Recipe, shapes: Shapes, cluster: Cluster, knobs: zero3.Knobs) -> Phase:
+    """Ranks read a share of every unit, exchange them and keep their part (``prepare``); rank 0 sends the starts.
+
+    Memory: what stays, the largest unit with this rank's rows of it, and one linear's rows in the compute dtype while
+    they are packed.
     """
     engine, world = recipe.engine.name, cluster.gpus
     gpu, host = memory.state(shapes, world, engine, knobs)
     gpu = {name: size for name, size in gpu.items() if name.endswith(("weights", "scales"))}
     unit = max(shapes.units, key=lambda u: u.bytes)
     gpu["one whole unit"] = float(unit.bytes) if engine != "single" else 0.0
+    if world > 1:
+        gpu["own rows of a unit"] = unit.base_bytes / world
     if shapes.quantized:
-        gpu["one linear to pack"] = float(shapes.dense_block)
+        gpu["rows to pack"] = shapes.dense_block / world
     texts = traffic.Texts.of(recipe)
-    wire = traffic.start_broadcasts(shapes, texts, world)
+    wire = traffic.start_broadcasts(shapes, texts, world) + traffic.exchange(shapes.units, shapes, world)
     if engine == "zero3":
         wire += zero3.start(shapes, world)
     host = {name: size * cluster.ranks_per_node for name, size in host.items()}
     host |= {
         "processes": cluster.interpreter * cluster.ranks_per_node,
         "null space on rank 0": memory.null_space_bytes(shapes, texts),
-        "tensors being read": float(cluster.ranks_per_node * shapes.compute * shapes.vocabulary * shapes.hidden),
+        "tensors being read": cluster.ranks_per_node * shapes.compute * shapes.vocabulary * shapes.hidden / world,
     }
-    read = shapes.checkpoint / cluster.disk_bandwidth  # the page cache serves a node's other ranks
-    copied = shapes.checkpoint / cluster.host_bandwidth
-    seconds = max(read, copied) + wire_seconds(wire, cluster)
-    note = f"every rank reads the whole checkpoint, {gb(shapes.checkpoint)}"
+    copied = shapes.checkpoint / world / cluster.host_bandwidth
+    seconds = max(_read_seconds(shapes, cluster), copied) + wire_seconds(wire, cluster)
+    note = f"each rank reads {gb(shapes.checkpoint / world)} of the checkpoint's {gb(shapes.checkpoint)}"
     return Phase("load", gpu, host, tuple(traffic.total(wire)), seconds=seconds, note=note)
 
 
@@ -226,7 +233,7 @@ def _calibrate(recipe: Recipe, shapes: Shapes, cluster: Cluster) -> tuple[Phase,
     by_width = dict(zip(shapes.groups, costs, strict=True))
     rate = cluster.solver_flops * cluster.solver_efficiency
     slowest = sum(by_width[g] for g in owned) / rate
-    read = shapes.checkpoint / cluster.disk_bandwidth / shapes.layers
+    read = _read_seconds(shapes, cluster) / shapes.layers
     running = flops / shapes.layers / (cluster.flops * cluster.efficiency) + read
     if load.on_host:
         running += 2 * per_rank * shapes.hidden * shapes.compute / cluster.host_bandwidth

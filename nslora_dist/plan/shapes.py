@@ -12,19 +12,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from nslora_dist.base_model import (
-    NF4_BLOCK,
-    FrozenLinear,
-    attach_adapters,
-    blocks,
-    build_empty,
-    input_groups,
-    planning_config,
-    target_groups,
-    torch_dtype,
-    units,
-)
+from nslora_dist.base_config import planning_config
+from nslora_dist.base_model import blocks, build_empty, torch_dtype, units
 from nslora_dist.engines.base import adapter_dtype
+from nslora_dist.frozen import FrozenLinear
+from nslora_dist.input_groups import attach_adapters, input_groups, target_groups
+from nslora_dist.nf4 import BLOCK as NF4_BLOCK
 from nslora_dist.recipe import Recipe
 
 NESTED_BLOCK = 256
@@ -186,7 +179,7 @@ class Shapes:
 
     @property
     def checkpoint(self) -> int:
-        """Bytes of the base in 16 bits, as checkpoints are published and as every rank reads them."""
+        """Bytes of the base in 16 bits, as checkpoints are published."""
         dense = sum(p.numel for u in self.units for p in u.params if not is_adapter(p.name))
         if self.quantized:
             packed = sum(p.numel for u in self.units for p in u.params if p.shape[1:] == (1,))

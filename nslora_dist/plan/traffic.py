@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nslora_dist.calibration.solve import SPECTRUM_WIDTH
+from nslora_dist.nf4 import BLOCK as NF4_BLOCK
 from nslora_dist.plan.shapes import Param, Shapes, Unit, is_adapter
 from nslora_dist.recipe import Recipe
 
@@ -115,12 +116,14 @@ def calibration(shapes: Shapes, texts: Texts, world_size: int) -> list[Traffic]:
 
     Per block, group and set of texts one all-reduce of 1 + modules float64 (``_pass``); per source one reduce of the
     packed triangle d(d + 1)/2 in float32 to the owner (``_sources``); the solution's tensors broadcast (``_finish``);
-    an all-reduce of the (r, r) Gram per probe and of one float32 per held-out set (``_record_measured``).
+    an all-reduce of the (r, r) Gram per probe and of one float32 per held-out set (``_record_measured``). Embedding and
+    blocks are read by shares and exchanged (``exchange``).
     """
     if world_size == 1 or not shapes.adapter.null_space:
         return []
     passes = texts.sources + texts.held + texts.probes
     rank = shapes.adapter.rank
+    read = [u for u in shapes.units if u.name == "model.embed_tokens" or u.name.startswith("model.layers.")]
     found: list[Traffic] = []
     for group in shapes.groups:
         triangle = group.width * (group.width + 1) // 2 * FLOAT32
@@ -132,29 +135,47 @@ def calibration(shapes: Shapes, texts: Texts, world_size: int) -> list[Traffic]:
             Traffic("all_reduce", texts.probes, texts.probes * rank * rank * FLOAT32),
             Traffic("all_reduce", texts.held, texts.held * FLOAT32),
         ]
-    return total(times(found, shapes.layers))
+    return total(times(found, shapes.layers) + exchange(read, shapes, world_size))
 
 
 def start_broadcasts(shapes: Shapes, texts: Texts, world_size: int) -> list[Traffic]:
-    """Rank 0 sends every module's start while the model is loaded (``NullSpace.start``), exact.
-
-    The group's basis and small Grams travel once for *each* of its modules.
-    """
+    """Rank 0 sends every group's basis and small Grams, and each module's own start (``NullSpace.starts``), exact."""
     adapter = shapes.adapter
     if world_size == 1 or not adapter.null_space:
         return []
     square = adapter.rank * adapter.rank * FLOAT32
     found = []
     for group in shapes.groups:
+        found.append(Traffic("broadcast", 1 + texts.grams, group.width * adapter.rank * FLOAT32 + texts.grams * square))
         for d_out in group.outputs:
-            found.append(
-                Traffic("broadcast", 1 + texts.grams, group.width * adapter.rank * FLOAT32 + texts.grams * square)
-            )
             if adapter.projected:
                 found.append(Traffic("broadcast", 1, square))
             if adapter.residual:
                 found.append(Traffic("broadcast", 1, d_out * adapter.rank * FLOAT32))
     return total(times(found, shapes.layers))
+
+
+def exchange(units: Sequence[Unit], shapes: Shapes, world_size: int) -> list[Traffic]:
+    """Ranks exchange the rows of every base tensor of which each has read a share (``fill_unit``), exact.
+
+    Rows are padded to the ranks. A 4-bit weight travels as its codes and a float32 scale for every block of values.
+    """
+    if world_size == 1:
+        return []
+    linears = {linear.name: linear for linear in shapes.linears}
+    sizes = []
+    for unit in units:
+        for param in unit.params:
+            if is_adapter(param.name):
+                continue
+            if shapes.quantized and param.shape[1:] == (1,):
+                inside = param.name.removeprefix(f"{unit.name}.").removesuffix(".weight").removesuffix(".base")
+                linear = linears[inside]
+                values = padded(linear.d_out, world_size) * linear.d_in
+                sizes += [values // 2, FLOAT32 * values // NF4_BLOCK]
+            else:
+                sizes.append(padded_rows(param, world_size) * param.itemsize)
+    return [Traffic("all_gather", len(sizes), sum(sizes))]
 
 
 def fsdp2_units(shapes: Shapes) -> list[Unit]:
@@ -180,14 +201,14 @@ def fsdp2_forward(shapes: Shapes, world_size: int) -> list[Traffic]:
 def fsdp2_micro_batch(shapes: Shapes, world_size: int) -> list[Traffic]:
     """Forward and backward of one micro-batch, exact.
 
-    The root's group stays gathered through backward; every other one is gathered again, the head because its output
-    takes a gradient and the embedding because the first block's backward prefetches what ran before it. Gradients of
-    each unit with trained parameters are reduced in float32, rows padded.
+    The root's group stays gathered through backward and the blocks are gathered again; embedding and head are not, for
+    no gradient needs their weights (``Fsdp2Engine``). Gradients of each unit with trained parameters are reduced in
+    float32, rows padded.
     """
     if world_size == 1:
         return []
     units = fsdp2_units(shapes)
-    again = units[1:]
+    again = [u for u in units if u.name.startswith("model.layers.")]
     reduced = [u for u in units if any(p.trained for p in u.params)]
     return [
         *fsdp2_forward(shapes, world_size),

@@ -194,7 +194,8 @@ def test_fsdp2_traffic(tmp_path: Path, case: str, family: str) -> None:
     texts = traffic.Texts.of(recipe)
     for found in run_ranks(measure_traffic, 2, recipe):
         assert found["calibrate"] == as_counts(traffic.calibration(shapes, texts, 2))
-        assert found["load"] == as_counts(traffic.start_broadcasts(shapes, texts, 2))
+        read = traffic.exchange(shapes.units, shapes, 2)
+        assert found["load"] == as_counts(traffic.start_broadcasts(shapes, texts, 2) + read)
         one = traffic.fsdp2_micro_batch(shapes, 2)
         assert found["micro_batches"] == as_counts(traffic.times(one, found["count"]))
         # The trainer's two all-reduces are not in this loop: 2 + 1 float64.
@@ -221,8 +222,8 @@ def test_zero3_traffic(tmp_path: Path, case: str) -> None:
         assert found["export"] == as_counts(traffic.export(shapes, 2, "zero3", resident=knobs.persistence))
         texts = traffic.Texts.of(recipe)
         assert found["calibrate"] == as_counts(traffic.calibration(shapes, texts, 2))
-        starts = traffic.start_broadcasts(shapes, texts, 2) + zero3.start(shapes, 2)
-        assert found["load"] == as_counts(starts)
+        loading = traffic.exchange(shapes.units, shapes, 2) + traffic.start_broadcasts(shapes, texts, 2)
+        assert found["load"] == as_counts(loading + zero3.start(shapes, 2))
 
 
 class Inline:
@@ -412,7 +413,7 @@ def test_memory_within_a_tenth(tmp_path: Path, case: str) -> None:
             traffic.Texts.of(recipe), tokens, memory.Batch(4, 64), False, "eigh", owners[rank], native=False
         )
         parts, _ = memory.calibration(shapes, load, ranks, overlapped=False)
-        if shapes.compute == 4:
+        if shapes.compute == 4 and ranks == 1:
             parts.pop("block weights")  # mapped from the file
         if rank == 0 or section.solver.placement == "rank0":
             assert within(sum(parts.values()), measured["calibration"], 0.1), parts

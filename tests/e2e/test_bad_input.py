@@ -6,8 +6,10 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from helpers.launching import Ended, World, free_port
 from nslora_dist import command
@@ -117,6 +119,46 @@ def test_a_base_without_safetensors(fails: Fails, world: World, tmp_path: Path) 
     shutil.copy(world.folder / "base" / "model.safetensors", bare)
     (bare / "config.json").unlink()
     assert f"base_model.path {bare}: its config.json cannot be loaded" in fails(f"base_model.path={bare}")
+
+
+def test_an_indexed_base_that_is_not_whole(fails: Fails, world: World, tmp_path: Path) -> None:
+    base = tmp_path / "indexed"
+    shutil.copytree(world.folder / "base", base)
+    tensors = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    index = base / "model.safetensors.index.json"
+    names = sorted(tensors)
+    shards = {"first.safetensors": names[::2], "second.safetensors": names[1::2]}
+    for file, held in shards.items():
+        save_file({name: tensors[name] for name in held}, base / file)
+    whole = {name: file for file, held in shards.items() for name in held}
+
+    def said(weight_map: dict[str, str]) -> str:
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        return fails(f"base_model.path={base}", output=tmp_path / "run_of_indexed", calibrate=True)
+
+    absent = "model.layers.0.mlp.up_proj.weight"
+    other = next(file for file in shards if file != whole[absent])
+    assert f"{other}: '{absent}' is unreadable" in said(whole | {absent: other})
+    assert f"holds no tensor '{absent}'" in said({k: v for k, v in whole.items() if k != absent})
+    assert "third.safetensors: named by the index and not there" in said(whole | {absent: "third.safetensors"})
+    tensors[absent] = tensors[absent][:-1].contiguous()
+    save_file({name: tensors[name] for name in shards[whole[absent]]}, base / whole[absent])
+    assert f"'{absent}' is (" in said(whole) and "the model's config asks for" in said(whole)
+    assert not list((tmp_path / "run_of_indexed").glob("null_space*"))
+
+
+def test_too_little_room_is_said_before_anything_is_written(
+    fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nslora_dist.plan.check._available", lambda local: 1e3)
+    assert fails().startswith("load: needs about ")
+    message = fails(calibrate=True, output=tmp_path / "calibration")
+    assert [path.name for path in (tmp_path / "calibration").iterdir()] == ["recipe.yaml"]
+    assert message.startswith("calibrate: needs about ") and "of host memory, 1 kB are free" in message
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert "of disk in output_dir" in fails()
 
 
 def test_a_folder_of_another_recipe_or_of_no_run(fails: Fails, single_run: Path, tmp_path: Path) -> None:

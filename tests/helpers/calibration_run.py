@@ -12,12 +12,14 @@ from transformers import AutoModelForCausalLM
 from helpers.stages import CPU, started
 from helpers.world import make_recipe, zero_config
 from nslora_dist import dist, pipeline
-from nslora_dist.base_model import build_empty, input_groups, load_config
+from nslora_dist.base_config import load_config
+from nslora_dist.base_model import build_empty
 from nslora_dist.calibration.grams import whole_model_grams
 from nslora_dist.calibration.store import ModuleStart
 from nslora_dist.calibration_data import CalibrationTexts, text_batches
 from nslora_dist.errors import UserError
 from nslora_dist.evaluate import even_batches
+from nslora_dist.input_groups import input_groups
 from nslora_dist.pipeline import Run
 
 
@@ -44,7 +46,7 @@ def calibrate(world: Path, cases: dict[str, tuple[str, dict[str, Any]]]) -> dict
     for name, (base, changes) in cases.items():
         run = Run(make_recipe(world, world / base, world / f"{dist.world_size()}" / name, **changes), CPU)
         space = run.null_space()
-        starts = {module: space.start(module, device=CPU) for module in space.manifest["modules"]}
+        starts = dict(space.starts(space.manifest["modules"], device=CPU))
         found[name] = Calibrated(space.manifest, dict(space.tensors), starts, run.texts)
     return found
 

@@ -34,7 +34,7 @@ class RankFailed(AssertionError):
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0, cuda: bool = False
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 900.0, cuda: bool = False
 ) -> list[Any]:
     """Runs ``function(*args)`` on every rank of a fresh group.
 

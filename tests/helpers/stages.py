@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nslora_dist import dist
-from nslora_dist.base_model import FrozenLinear
 from nslora_dist.calibration import store
 from nslora_dist.calibration.store import NullSpace
 from nslora_dist.data import Batch, TrainingData
 from nslora_dist.engines import Engine, start_engine
+from nslora_dist.frozen import FrozenLinear
 from nslora_dist.pipeline import Run, export
 from nslora_dist.recipe import Recipe
 from nslora_dist.report import Scalars

@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from helpers.stages import CPU, started
 from helpers.world import FAMILIES, make_base, make_recipe, make_texts
-from nslora_dist.base_model import build_empty, input_groups, load_config
+from nslora_dist.base_config import load_config
+from nslora_dist.base_model import build_empty
 from nslora_dist.batches import Batch
 from nslora_dist.calibration.grams import whole_model_grams
 from nslora_dist.calibration_data import text_batches
+from nslora_dist.input_groups import input_groups
 
 LOGITS = 2e-5
 """float32 logits of magnitude 1 after two blocks: sums of 64 to 128 products in another order, and another attention

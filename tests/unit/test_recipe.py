@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from nslora_dist.base_model import load_config, planning_config
+from nslora_dist.base_config import load_config, planning_config
 from nslora_dist.dry_run import describe
 from nslora_dist.errors import UserError
 from nslora_dist.recipe import Recipe

@@ -1,0 +1,88 @@
+"""The base's weights, from safetensors onto every rank, one unit at a time.
+
+A rank reads, casts and packs its share of the rows of every tensor, and the ranks exchange what came of it: the file is
+read once by all of them together, 4-bit weights travel in 4 bits, and quantising is shared out as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from nslora_dist import dist
+from nslora_dist.adapter import AdaptedLinear
+from nslora_dist.base_files import Checkpoint
+from nslora_dist.frozen import FrozenLinear
+
+
+def fill_unit(unit: nn.Module, name: str, checkpoint: Checkpoint, *, device: torch.device) -> None:
+    """Gives one unit's base parameters their values on ``device``, 4-bit ones packed; adapters are left alone.
+
+    Collective: every rank calls it for the same units in the same order.
+
+    Raises:
+        UserError: a tensor is missing, unreadable or of another shape; on every rank.
+    """
+    mine: dict[str, tuple[Tensor, ...]] = {}
+    modules = list(_base_modules(unit, name))
+    with dist.together(f"loading {name}"):
+        for path, module in modules:
+            for key, shape, dtype in _wanted(module):
+                rows = checkpoint.read(f"{path}.{key}", shape, dtype=dtype, device=device, rows=dist.rows_of(shape[0]))
+                if isinstance(module, FrozenLinear) and key == "weight":
+                    mine[f"{path}.{key}"] = module.pack(rows)
+                else:
+                    mine[f"{path}.{key}"] = (rows,)
+    for path, module in modules:
+        whole = {
+            key: tuple(dist.gather_rows(part, count=shape[0]) for part in mine.pop(f"{path}.{key}"))
+            for key, shape, _ in _wanted(module)
+        }
+        if isinstance(module, FrozenLinear):
+            module.fill(whole["weight"], whole["bias"][0] if "bias" in whole else None)
+            continue
+        for key, (value,) in whole.items():
+            setattr(module, key, nn.Parameter(value, requires_grad=False))
+
+
+def _wanted(module: nn.Module) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """A module's own parameters as the checkpoint has them: name, shape and the dtype to cast to."""
+    found = [(key, tuple(old.shape), old.dtype) for key, old in module.named_parameters(recurse=False)]
+    if isinstance(module, FrozenLinear):  # whose weight may be held packed
+        found[0] = ("weight", (module.out_features, module.in_features), module.dtype)
+    return found
+
+
+def _base_modules(unit: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The unit's modules by their names in the checkpoint, which knows nothing of adapters."""
+    for path, module in unit.named_modules():
+        full = f"{name}.{path}" if path else name
+        if isinstance(module, AdaptedLinear):
+            continue
+        yield full.removesuffix(".base"), module
+
+
+def empty_unit(unit: nn.Module) -> None:
+    """Puts a unit's parameters back on the meta device."""
+    for module in unit.modules():
+        for key, old in list(module.named_parameters(recurse=False)):
+            empty = nn.Parameter(torch.empty_like(old, device="meta"), requires_grad=old.requires_grad)
+            setattr(module, key, empty)
+        if isinstance(module, FrozenLinear):
+            module.quant_state = None
+
+
+def fill_rotary(model: PreTrainedModel, *, device: torch.device) -> None:
+    """Computes the rotary frequencies on the device: buffers that no checkpoint holds."""
+    with torch.device(device):
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+
+
+def finish(model: PreTrainedModel, *, device: torch.device) -> None:
+    """Gives a filled model what no unit holds: rotary frequencies, and a tied head."""
+    fill_rotary(model, device=device)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
