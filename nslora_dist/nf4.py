@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 BLOCK = 64
 """Values that share a scale."""
@@ -73,3 +73,12 @@ def unpack(packed: Tensor, state: Any) -> Tensor:
     import bitsandbytes.functional as bnb
 
     return bnb.dequantize_4bit(packed, state)
+
+
+def dense_weight(linear: nn.Linear) -> Tensor:
+    """The (d_out, d_in) weight of a plain linear, or of bitsandbytes' 4-bit one unpacked."""
+    weight = linear.weight.detach()
+    state = getattr(linear.weight, "quant_state", None)
+    if state is None:
+        state = getattr(linear, "quant_state", None)
+    return weight if state is None else unpack(weight, state)

@@ -47,8 +47,8 @@ def null_basis(
     d / 12) go to eigh at once. Where G is rank deficient by r or more, any r orthonormal null vectors are right, and
     the two methods give different ones of equal leak. The sign of each vector makes its largest entry positive.
 
-    Memory beyond the Gram: eigh three float64 matrices of its size; fast one factor of its size and dtype, twice
-    that while factoring (float64 if ill-conditioned), and, up to d = 8192, a float64 copy.
+    Memory beyond the Gram: eigh four float64 matrices of its size, LAPACK's workspace counted; fast one factor of its
+    size and dtype, twice that while factoring (float64 if ill-conditioned), and, up to d = 8192, a float64 copy.
 
     Args:
         gram: (d_in, d_in) symmetric positive semi-definite up to rounding, float32 or float64, any device.

@@ -115,3 +115,16 @@ class Zero3Engine:
     def close(self) -> None:
         """See ``Engine``. DeepSpeed keeps hooks and buffers until told."""
         self.engine.destroy()
+
+
+def gathered(parameter: Tensor) -> Tensor:
+    """The whole of a partitioned parameter, on its device, on every rank; collective."""
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+@torch.no_grad()
+def refill(parameter: nn.Parameter, value: Tensor) -> None:
+    """Puts a whole value, the same on every rank, into a partitioned parameter; collective."""
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        parameter.copy_(value.to(device=parameter.device, dtype=parameter.dtype))

@@ -13,7 +13,7 @@ FLOORS = (
     "errors explain zero_file recipe recipe_file dist quiet eigensolver null_space linear nf4 frozen adapter artifacts",
     "rows batches data calibration_data base_files base_config base_model base_weights input_groups calibration "
     "supervised card export engines run_folder",
-    "checkpoint arms evaluate trainer report plots dry_run plan tiny_world pretrain",
+    "live_calibration peft_start checkpoint arms evaluate trainer report plots dry_run plan tiny_world pretrain",
     "pipeline command",
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}

@@ -1,0 +1,353 @@
+"""Calibrating any Hugging Face model where it stands: whole or sharded, in 4 bits, language model, encoder or vision.
+
+For people who train with PEFT, TRL or a loop of their own (``init_peft.py`` is the other half). The streamed pass of
+``calibration/`` reads a checkpoint block by block and knows LLaMA's layout; this one runs the model's own forward pass
+under hooks, so it needs no layout and leaves sharding to whoever did it.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nslora_dist import artifacts, dist, nf4
+from nslora_dist.calibration import store
+from nslora_dist.calibration.grams import add_gram, mirror
+from nslora_dist.calibration.store import MIXTURE, NullSpace
+from nslora_dist.errors import UserError
+from nslora_dist.explain import nearest
+from nslora_dist.null_space import leak, null_basis, pack_triangle, projected_init, random_leak, unpack_triangle
+
+HELD_INPUTS = 8
+"""Latest distinct inputs among which a linear's is looked for: a block's linears come close together."""
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass
+class Group:
+    """Linears that read the same tensor, and what is summed over it (METHODS.md §1.1, §1c).
+
+    Attributes:
+        modules: name in the bare Hugging Face model → the linear.
+        width: d_in.
+        gram: (d_in, d_in) float32 while its pass runs.
+        energy: () float64 Σ‖x‖².
+        outputs: module name → () float64 Σ‖W x‖².
+    """
+
+    modules: dict[str, nn.Linear]
+    width: int
+    gram: Tensor | None = None
+    energy: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Its first module's."""
+        return next(iter(self.modules))
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    rank: int,
+    folder: str | Path | None = None,
+    target_modules: Sequence[str] | None = None,
+    a_init: Literal["orthonormal", "projected"] = "orthonormal",
+    method: Literal["fast", "eigh"] = "fast",
+    gram_bytes: float = 8e9,
+) -> NullSpace:
+    """The activation null space of every linear of a live model (METHODS.md §1).
+
+    Collective where a process group runs: every rank brings its own batches, and under ZeRO-3 or FSDP2 as many of them
+    as the others. The model is run in evaluation mode and is left as it was. With an adapter in place its base is
+    calibrated only as long as the adapter adds nothing, as PEFT starts it.
+
+    Args:
+        model: any module whose call takes a batch: Hugging Face's, PEFT's around one, a DeepSpeed engine around either.
+        batches: what it is called with, as keywords (a mapping) or as one tensor; gone through several times, so a list
+            or a loader, no generator. Tokens whose ``attention_mask`` is 0 are left out.
+        rank: r of the adapters to come.
+        folder: where rank 0 writes the artifact that ``init_peft`` reads; nothing is written where left out.
+        target_modules: last parts of module names, as in PEFT; every linear but the output embedding where left out.
+        a_init: ``projected`` reads every weight inside a forward pass, ``orthonormal`` none.
+        method: of the eigensolver.
+        gram_bytes: Grams held at once, on the device: more groups than fit take further passes over the batches.
+
+    Returns:
+        The null space; tensors on rank 0 alone.
+
+    Raises:
+        UserError: no such target, a rank above a width, batches that cannot be gone through twice, activations that
+            are not finite, or a folder that exists.
+    """
+    if isinstance(batches, Iterator):
+        raise UserError("calibrate: batches is a generator, which ends after one pass; give a list or a DataLoader")
+    if folder is not None and Path(folder).exists():
+        raise UserError(f"calibrate: {folder} exists already; give a new folder")
+    linears = _linears(model, target_modules)
+    training = model.training
+    model.eval()
+    try:
+        groups = _groups(model, linears, batches)
+        for group in groups:
+            if rank > group.width:
+                raise UserError(f"calibrate: rank {rank} is above the {group.width} inputs of {group.name}")
+        tensors: dict[str, Tensor] = {}
+        manifest: dict[str, Any] = {
+            "kind": "null_space",
+            "settings": {"rank": rank, "a_init": a_init, "form": "delta"},
+            "groups": {},
+            "modules": {},
+        }
+        bases: dict[str, Tensor] = {}
+        for chunk in _chunks(groups, gram_bytes):
+            _sum(model, chunk, batches)
+            for number, group in enumerate(chunk):
+                basis, facts, small = _solve(group, rank=rank, method=method, owner=number % dist.world_size())
+                bases[group.name] = basis
+                tensors |= {
+                    f"{group.name}.basis": basis.cpu(),
+                    f"{group.name}.eigenvalues": facts[2:].float().cpu(),
+                    f"{group.name}.update_gram.{MIXTURE}": small.cpu(),
+                }
+                manifest["groups"][group.name] = {
+                    "modules": list(group.modules),
+                    "in_features": group.width,
+                    "leak": {"calibration": float(facts[0]), "heldout": None, "random": float(facts[1])},
+                }
+                for name, linear in group.modules.items():
+                    manifest["modules"][name] = {
+                        "group": group.name,
+                        "out_features": linear.out_features,
+                        "mixed": a_init == "projected",
+                        "has_start_b": False,
+                        "references": {MIXTURE: float(group.outputs[name])},
+                    }
+        if a_init == "projected":
+            tensors |= {f"{name}.mix": mix.cpu() for name, mix in _mixes(model, groups, bases, batches).items()}
+    finally:
+        model.train(training)
+        # DeepSpeed leaves parameters in flight that it fetched for a pass which did not come.
+        getattr(model, "empty_partition_cache", lambda: None)()
+    manifest["key"] = artifacts.hash_json(manifest)  # energies and leaks tell calibrations apart
+    null_space = NullSpace(manifest=manifest, tensors=tensors if dist.is_main() else {})
+    if folder is not None:
+        with dist.together("writing the null space"):
+            if dist.is_main():
+                store.save(Path(folder), null_space)
+    return null_space
+
+
+def bare_name(name: str) -> str:
+    """A module's name in the bare Hugging Face model, of its name in there or in PEFT's model around it."""
+    return name.removeprefix(PEFT_PREFIX).removesuffix(".base_layer")
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The model inside DeepSpeed's engine or DistributedDataParallel, which keep it as ``module``."""
+    inner = getattr(model, "module", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _linears(model: nn.Module, targets: Sequence[str] | None) -> dict[str, nn.Linear]:
+    """The base's linears by their bare names; adapters' own are none."""
+    head = getattr(_bare(model), "get_output_embeddings", lambda: None)()
+    found = {
+        bare_name(name): module
+        for name, module in _bare(model).named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in name and "modules_to_save" not in name
+    }
+    if targets is None:
+        return {name: module for name, module in found.items() if module is not head}
+    known = sorted({name.rsplit(".", 1)[-1] for name in found})
+    for target in targets:
+        if target not in known:
+            raise UserError(
+                f"calibrate: the model has no linear '{target}'{nearest(target, known)}; it has {', '.join(known)}"
+            )
+    return {name: module for name, module in found.items() if name.rsplit(".", 1)[-1] in targets}
+
+
+def _run(model: nn.Module, batch: Any) -> None:
+    device = next(model.parameters()).device
+    if isinstance(batch, Mapping):
+        model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
+    else:
+        model(batch.to(device))
+
+
+def _first(batches: Iterable[Any]) -> Any:
+    for batch in batches:
+        return batch
+    raise UserError("calibrate: there are no batches")
+
+
+def _groups(model: nn.Module, linears: dict[str, nn.Linear], batches: Iterable[Any]) -> list[Group]:
+    """Which linears are given the same values, seen in one forward pass.
+
+    Told by address and not by object, for DeepSpeed hands every module a view of its own. An address means something
+    only while the memory is held, and holding all inputs would cost as much as training: the latest few are held.
+    """
+    groups: list[Group] = []
+    recent: OrderedDict[tuple[Any, ...], tuple[Tensor, Group]] = OrderedDict()
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Linear, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)
+            if key in recent:
+                recent[key][1].modules.setdefault(name, module)
+                recent.move_to_end(key)
+                return
+            group = next((g for g in groups if name in g.modules), None)  # a module that runs twice keeps its group
+            if group is None:
+                group = Group({name: module}, module.in_features)
+                groups.append(group)
+            recent[key] = (x, group)
+            if len(recent) > HELD_INPUTS:
+                recent.popitem(last=False)
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in linears.items()]
+    try:
+        _run(model, _first(batches))
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return groups
+
+
+def _chunks(groups: Sequence[Group], gram_bytes: float) -> Iterator[list[Group]]:
+    """Groups in order, as many at once as have room."""
+    chunk: list[Group] = []
+    for group in groups:
+        if chunk and sum(4.0 * g.width**2 for g in (*chunk, group)) > gram_bytes:
+            yield chunk
+            chunk = []
+        chunk.append(group)
+    if chunk:
+        yield chunk
+
+
+@contextmanager
+def _hooked(groups: Sequence[Group], mask: list[Tensor | None]) -> Iterator[None]:
+    """Sums inputs and products of the groups' linears while open; ``mask`` holds the current batch's."""
+
+    def tokens(x: Tensor) -> Tensor:
+        real = mask[0]
+        if real is not None and x.dim() == 3 and x.shape[:2] == real.shape:
+            return x[real.to(x.device)]
+        return x.reshape(-1, x.shape[-1])
+
+    def energy(x: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).double().square().sum()
+
+    def take_input(group: Group) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows = tokens(args[0].detach())
+            if group.gram is None:
+                group.gram = torch.zeros(group.width, group.width, device=rows.device)
+                group.energy = torch.zeros((), dtype=torch.float64, device=rows.device)
+            add_gram(group.gram, rows)
+            group.energy += energy(rows)
+
+        return hook
+
+    def take_output(group: Group, name: str) -> Any:
+        def hook(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
+            product = output if module.bias is None else output - module.bias
+            found = energy(tokens(product.detach()))
+            group.outputs[name] = group.outputs[name] + found if name in group.outputs else found
+
+        return hook
+
+    hooks = []
+    for group in groups:
+        for number, (name, linear) in enumerate(group.modules.items()):
+            if number == 0:
+                hooks.append(linear.register_forward_pre_hook(take_input(group)))
+            hooks.append(linear.register_forward_hook(take_output(group, name)))
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _sum(model: nn.Module, groups: Sequence[Group], batches: Iterable[Any]) -> None:
+    """One pass over this rank's batches, then the scalars over all ranks."""
+    mask: list[Tensor | None] = [None]
+    with _hooked(groups, mask):
+        for batch in batches:
+            given = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            mask[0] = given.bool() if isinstance(given, Tensor) and given.dim() == 2 else None
+            _run(model, batch)
+    for group in groups:
+        scalars = dist.all_reduce(torch.stack([group.energy, *group.outputs.values()]))
+        if not bool(scalars.isfinite().all()) or float(scalars[0]) == 0.0:
+            raise UserError(
+                f"calibrate: the inputs of {group.name} are {'zero' if float(scalars[0]) == 0.0 else 'not finite'}; "
+                "check the batches and the model's dtype"
+            )
+        group.energy = scalars[0]
+        group.outputs = dict(zip(group.outputs, scalars[1:], strict=True))
+
+
+def _solve(group: Group, *, rank: int, method: Literal["fast", "eigh"], owner: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The group's basis (d_in, r), (leak, random leak, eigenvalues) and Uᵀ G U, found by ``owner`` and sent round."""
+    assert group.gram is not None
+    device = group.gram.device
+    mirror(group.gram)
+    sent = pack_triangle(group.gram)
+    group.gram = None
+    work = dist.start_reduce_to(sent, owner=owner)
+    if work is not None:
+        work.wait()
+    basis = torch.zeros(group.width, rank, device=device)
+    facts = torch.zeros(2 + rank, dtype=torch.float64, device=device)
+    small = torch.zeros(rank, rank, device=device)
+    if dist.rank() == owner:
+        gram = unpack_triangle(sent)
+        found = null_basis(gram, rank=rank, method=method)
+        basis = found.basis.float().contiguous()
+        facts[0], facts[1] = leak(gram, basis), random_leak(gram, rank=rank, seed=0)
+        facts[2:] = found.eigenvalues
+        small = (basis.T @ (gram @ basis)).contiguous()
+    for tensor in (basis, facts, small):
+        dist.broadcast(tensor, source=owner)
+    return basis, facts, small
+
+
+def _mixes(
+    model: nn.Module, groups: Sequence[Group], bases: Mapping[str, Tensor], batches: Iterable[Any]
+) -> dict[str, Tensor]:
+    """module → M (r, r) with A₀ = M Uᵀ, from weights read inside a forward pass, where sharded ones are whole."""
+    found: dict[str, Tensor] = {}
+
+    def project(name: str, basis: Tensor) -> Any:
+        def hook(module: nn.Linear, args: Any, output: Any) -> None:
+            a, _ = projected_init(nf4.dense_weight(module), basis)
+            found[name] = a.float() @ basis
+
+        return hook
+
+    hooks = [
+        linear.register_forward_hook(project(name, bases[group.name]))
+        for group in groups
+        for name, linear in group.modules.items()
+    ]
+    try:
+        _run(model, _first(batches))
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return found

@@ -1,0 +1,150 @@
+"""The null-space start in a PEFT model that somebody else built, sharded or in 4 bits as it may be (METHODS.md §1a)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from nslora_dist import dist
+from nslora_dist.calibration import store
+from nslora_dist.calibration.store import NullSpace
+from nslora_dist.errors import UserError
+from nslora_dist.live_calibration import bare_name
+from nslora_dist.null_space import interference
+
+
+def init_peft(
+    model: nn.Module, null_space_folder: str | Path, *, adapter_name: str = "default"
+) -> dict[str, nn.Module]:
+    """Starts every LoRA layer of a PEFT model in the null space: A = A₀, frozen, and B = 0.
+
+    Call it before the optimizer is made, on every rank: rank 0 alone reads the folder. Parameters may be whole,
+    partitioned by ZeRO-3 or sharded by FSDP2; the base may be in any number of bits, for it is not touched.
+
+    Args:
+        model: PEFT's, around the base that was calibrated.
+        null_space_folder: what ``calibrate`` or ``launch/calibrate.py`` wrote.
+        adapter_name: PEFT's name of the adapter.
+
+    Returns:
+        The LoRA layers by their names in the bare model.
+
+    Raises:
+        UserError: no LoRA layers, DoRA, an initialisation that rewrites the base, a layer that was not calibrated, or a
+            rank other than the null space's; on every rank.
+    """
+    null_space = _read(Path(null_space_folder))
+    layers = _lora_layers(model, adapter_name)
+    with dist.together("starting the adapter"):
+        _check(model, layers, null_space, adapter_name, Path(null_space_folder))
+    some = next(iter(layers.values())).lora_A[adapter_name].weight
+    for name, start in null_space.starts(layers, device=some.device):
+        a = layers[name].lora_A[adapter_name].weight
+        b = layers[name].lora_B[adapter_name].weight
+        overwrite(a, start.a)
+        overwrite(b, torch.zeros(_shape(b), device=start.a.device))
+        a.requires_grad_(False)
+    return layers
+
+
+def peft_interference(
+    model: nn.Module, null_space_folder: str | Path, *, adapter_name: str = "default"
+) -> dict[str, dict[str, float]]:
+    """How much a model started by ``init_peft`` disturbs what was calibrated on, at any time (METHODS.md §1c).
+
+    Returns:
+        Source or probe → module → ‖ΔW X‖_F / ‖W X‖_F on the calibration's activations.
+    """
+    null_space = _read(Path(null_space_folder))
+    layers = _lora_layers(model, adapter_name)
+    found: dict[str, dict[str, float]] = {}
+    some = next(iter(layers.values())).lora_A[adapter_name].weight
+    for name, start in null_space.starts(layers, device=some.device):
+        b = layers[name].scaling[adapter_name] * whole(layers[name].lora_B[adapter_name].weight).float()
+        for source, gram in start.update_grams.items():
+            value = interference(gram, b.to(gram.device), start.references[source])
+            found.setdefault(source, {})[name] = float(value)
+    return found
+
+
+def _read(folder: Path) -> NullSpace:
+    with dist.together("reading the null space"):
+        found = store.load(folder) if dist.is_main() else None
+    manifest = dist.share(found.manifest if found is not None else None)
+    return found if found is not None else NullSpace(manifest=manifest, tensors={})  # type: ignore[arg-type]
+
+
+def _lora_layers(model: nn.Module, adapter: str) -> dict[str, Any]:
+    layers = {
+        bare_name(name): module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and adapter in module.lora_A
+    }
+    if not layers:
+        raise UserError(
+            f"init_peft: {type(model).__name__} has no LoRA layers of an adapter named '{adapter}'; "
+            "make one with peft.get_peft_model first"
+        )
+    return layers
+
+
+def _check(model: nn.Module, layers: dict[str, Any], null_space: NullSpace, adapter: str, folder: Path) -> None:
+    config = getattr(model, "peft_config", {}).get(adapter)
+    if getattr(config, "use_dora", False):
+        raise UserError("init_peft: the adapter is DoRA, whose magnitudes rescale the base; use plain LoRA")
+    start = getattr(config, "init_lora_weights", True)
+    if start not in (True, False, "gaussian"):
+        raise UserError(
+            f"init_peft: init_lora_weights={start!r} has rewritten the base's weights; make the adapter with True"
+        )
+    manifest = null_space.manifest
+    rank = manifest["settings"]["rank"]
+    if manifest["settings"]["form"] != "delta":
+        raise UserError(f"init_peft: {folder} is for the residual form; calibrate with adapter.form=delta")
+    for name, layer in layers.items():
+        if name not in manifest["modules"]:
+            raise UserError(
+                f"init_peft: {name} has an adapter and was not calibrated ({folder}); calibrate with it among "
+                "target_modules, or leave it out of the adapter's"
+            )
+        if layer.r[adapter] != rank:
+            raise UserError(
+                f"init_peft: {name} has rank {layer.r[adapter]}, the null space {folder} has {rank}; give both the same"
+            )
+        width = manifest["groups"][manifest["modules"][name]["group"]]["in_features"]
+        found = _shape(layer.lora_A[adapter].weight)
+        if found != (rank, width):
+            raise UserError(f"init_peft: {name}'s lora_A is {found}, the null space {folder} fits {(rank, width)}")
+
+
+def _shape(parameter: Tensor) -> tuple[int, ...]:
+    """The whole parameter's, where ZeRO-3 has left an empty one."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """All of a parameter that may be sharded; collective if it is."""
+    if hasattr(parameter, "ds_id"):
+        from nslora_dist.engines.zero3 import gathered
+
+        return gathered(parameter)
+    value = parameter.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+@torch.no_grad()
+def overwrite(parameter: nn.Parameter, value: Tensor) -> None:
+    """Puts the whole ``value``, the same on every rank, into a parameter that may be sharded."""
+    if hasattr(parameter, "ds_id"):
+        from nslora_dist.engines.zero3 import refill
+
+        refill(parameter, value)
+        return
+    value = value.to(device=parameter.device, dtype=parameter.dtype)
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        value = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        value = value.redistribute(placements=parameter.placements)
+    parameter.copy_(value)

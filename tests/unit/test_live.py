@@ -1,0 +1,179 @@
+"""``calibrate`` and ``init_peft`` on models that other people built, in one process."""
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import nslora_dist
+from nslora_dist.calibration import store
+from nslora_dist.errors import UserError
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+def bert() -> tuple[nn.Module, list[dict[str, Tensor]], list[str]]:
+    model = BertForSequenceClassification(BertConfig(vocab_size=50, num_labels=3, **SMALL))
+    mask = torch.ones(3, 20, dtype=torch.int64)
+    mask[1, 12:] = 0
+    return (
+        model,
+        [{"input_ids": torch.randint(0, 50, (3, 20)), "attention_mask": mask} for _ in range(8)],
+        ["query", "key", "value"],
+    )
+
+
+def vit() -> tuple[nn.Module, list[dict[str, Tensor]], list[str]]:
+    model = ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, num_labels=3, **SMALL))
+    groups = [n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".0." in n]
+    return model, [{"pixel_values": torch.randn(3, 3, 32, 32)} for _ in range(8)], groups[:3]
+
+
+def llama() -> tuple[nn.Module, list[dict[str, Tensor]], list[str]]:
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=99, **SMALL))
+    return model, [{"input_ids": torch.randint(0, 99, (2, 40))} for _ in range(4)], ["q_proj", "k_proj", "v_proj"]
+
+
+MODELS = {"bert": bert, "vit": vit, "llama": llama}
+
+
+def inputs(model: nn.Module, name: str, batches: list[dict[str, Tensor]]) -> Tensor:
+    """(d_in, N) float64: what a module reads at real tokens."""
+    seen = []
+    module = model.get_submodule(name)
+    handle = module.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()))
+    model.eval()
+    found = []
+    for batch in batches:
+        seen.clear()
+        with torch.no_grad():
+            model(**batch)
+        mask = batch.get("attention_mask")
+        x = seen[0]
+        found.append(x[mask.bool()] if mask is not None and x.shape[:2] == mask.shape else x.reshape(-1, x.shape[-1]))
+    handle.remove()
+    return torch.cat(found).double().T
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("a_init", ["orthonormal", "projected"])
+def test_bases_are_the_null_spaces_of_what_modules_read(kind: str, a_init: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, batches, together = MODELS[kind]()
+    model.train()
+    folder = tmp_path / "null_space"
+    # Room for two or three Grams, so that it takes several passes.
+    nslora_dist.calibrate(model, batches, rank=6, folder=folder, a_init=a_init, gram_bytes=1e5)
+    assert model.training
+    space = store.load(folder)
+    sharing = [group for group in space.manifest["groups"].values() if len(group["modules"]) == 3]
+    assert [[m.rsplit(".", 1)[-1] for m in group["modules"]] for group in sharing] == [together] * 2
+    starts = dict(space.starts(space.manifest["modules"], device=torch.device("cpu")))
+    assert len(starts) == sum(isinstance(m, nn.Linear) for m in model.modules()) - (kind == "llama")
+    for name, entry in space.manifest["modules"].items():
+        x = inputs(model, name, batches)
+        gram = x @ x.T
+        basis = space.tensors[f"{entry['group']}.basis"].double()
+        least = torch.linalg.eigvalsh(gram)[:6].sum()
+        # float32 sums of a few hundred tokens leave about 1e-7 of the largest eigenvalue uncertain.
+        floor = 1e-6 * torch.linalg.matrix_norm(gram, 2)
+        assert torch.trace(basis.T @ gram @ basis) <= 1.01 * least + floor
+        weight = model.get_submodule(name).weight.detach().double()
+        reference = (weight @ x).square().sum()
+        assert entry["references"]["calibration"] == pytest.approx(float(reference), rel=1e-4)
+        if a_init == "projected":
+            rows = starts[name].a.double()
+            product = weight @ basis @ basis.T
+            assert torch.linalg.matrix_norm(product - product @ torch.linalg.pinv(rows) @ rows) < 1e-4
+        else:
+            assert torch.equal(starts[name].a, space.tensors[f"{entry['group']}.basis"].T)
+
+
+def test_peft_model_starts_there_and_tells_what_it_disturbs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, batches, targets = llama()
+    before = model(**batches[0]).logits
+    folder = tmp_path / "null_space"
+    space = nslora_dist.calibrate(model, batches, rank=6, folder=folder, target_modules=targets)
+    peft = get_peft_model(model, LoraConfig(r=6, lora_alpha=12, target_modules=targets))
+    layers = nslora_dist.init_peft(peft, folder)
+    assert layers.keys() == space.manifest["modules"].keys() and len(layers) == 6
+    assert torch.equal(peft(**batches[0]).logits, before)
+    trained = {name for name, p in peft.named_parameters() if p.requires_grad}
+    assert len(trained) == 6 and all("lora_B" in name for name in trained)
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.lora_B["default"].weight.normal_()
+    found = nslora_dist.peft_interference(peft, folder)["calibration"]
+    for name, layer in layers.items():
+        a, b = (side["default"].weight.detach().double() for side in (layer.lora_A, layer.lora_B))
+        if ".layers.0." in name:  # later ones read what the adapter has changed
+            x = inputs(model, f"{name}.base_layer", batches)
+            direct = torch.linalg.matrix_norm(2 * b @ a @ x) / torch.linalg.matrix_norm(
+                layer.base_layer.weight.detach().double() @ x
+            )
+            assert found[name] == pytest.approx(float(direct), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"r": 4}, "has rank 4, the null space .* has 6; give both the same"),
+        ({"r": 6, "target_modules": ["o_proj"]}, "o_proj has an adapter and was not calibrated"),
+        ({"r": 6, "use_dora": True}, "is DoRA"),
+        ({"r": 6, "init_lora_weights": "pissa"}, "has rewritten the base's weights"),
+    ],
+)
+def test_what_does_not_fit_is_said(config: dict[str, Any], said: str, tmp_path: Path) -> None:
+    model, batches, targets = llama()
+    nslora_dist.calibrate(model, batches, rank=6, folder=tmp_path / "n", target_modules=targets)
+    peft = get_peft_model(model, LoraConfig(**{"target_modules": targets} | config))
+    before = {name: p.clone() for name, p in peft.named_parameters()}
+    with pytest.raises(UserError, match=said):
+        nslora_dist.init_peft(peft, tmp_path / "n")
+    assert all(torch.equal(p, before[name]) for name, p in peft.named_parameters())
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    model, batches, _ = llama()
+    with pytest.raises(UserError, match="generator"):
+        nslora_dist.calibrate(model, iter(batches), rank=6)
+    with pytest.raises(UserError, match="no linear 'q_porj' \\(did you mean 'q_proj'\\?\\)"):
+        nslora_dist.calibrate(model, batches, rank=6, target_modules=["q_porj"])
+    with pytest.raises(UserError, match="rank 65 is above the 64 inputs"):
+        nslora_dist.calibrate(model, batches, rank=65)
+    with pytest.raises(UserError, match="there are no batches"):
+        nslora_dist.calibrate(model, [], rank=6)
+    (tmp_path / "n").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        nslora_dist.calibrate(model, batches, rank=6, folder=tmp_path / "n")
+    with pytest.raises(UserError, match="no LoRA layers"):
+        nslora_dist.calibrate(model, batches, rank=6, folder=tmp_path / "m")
+        nslora_dist.init_peft(model, tmp_path / "m")
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.mlp.up_proj").weight[0, 0] = torch.nan
+    with pytest.raises(UserError, match=r"inputs of model.layers.1.mlp.down_proj are not finite"):
+        nslora_dist.calibrate(model, batches, rank=6, target_modules=["down_proj"])
+
+
+def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(DOCS / "peft_example.py"), run_name="__main__")
+    assert "largest interference 0." in capsys.readouterr().out
