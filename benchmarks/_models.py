@@ -173,3 +173,29 @@ def show(figures: Mapping[str, Any]) -> None:
     """Prints one figure a line."""
     for name, value in figures.items():
         print(f"{name:52s} {f'{value:.4g}' if isinstance(value, float) else value}", flush=True)
+
+
+def random_job(recipe: Any) -> Any:
+    """An engine's ``Job`` over the recipe's checkpoint, each A random: its values do not change what it costs."""
+    from nslora_dist.base_config import load_config
+    from nslora_dist.base_files import Checkpoint
+    from nslora_dist.base_model import build_empty, torch_dtype
+    from nslora_dist.base_weights import fill_unit
+    from nslora_dist.engines.base import Job, adapter_dtype
+    from nslora_dist.input_groups import attach_adapters, input_groups, target_groups
+
+    here = torch.device("cpu")
+    model = build_empty(recipe.base_model, load_config(recipe.base_model))
+    groups = target_groups(input_groups(model), recipe.adapter)
+    attach_adapters(model, groups, recipe.adapter, adapter_dtype(recipe, torch_dtype(recipe.base_model)))
+    checkpoint = Checkpoint(Path(recipe.base_model.path))
+    generator = torch.Generator().manual_seed(0)
+
+    def fill(unit: torch.nn.Module, name: str) -> None:
+        fill_unit(unit, name, checkpoint, device=here)
+        for module in unit.modules():
+            if hasattr(module, "lora_A"):
+                a = torch.randn(module.lora_A.shape, generator=generator) / module.lora_A.shape[1] ** 0.5
+                module.fill(a, None, device=here)
+
+    return Job(model=model, fill=fill, device=here)

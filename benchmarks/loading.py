@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 from _common import parser, write_result
-from _models import block_shapes, llama_config, recipe_tree, show, write_checkpoint
+from _models import block_shapes, llama_config, random_job, recipe_tree, show, write_checkpoint
 from _ranks import watched_ranks
-from torch import nn
 from transformers import LlamaConfig
 
 RANK = 16
@@ -34,38 +33,20 @@ def load(engine: str, folder: str, quantization: str) -> Iterator[Any]:
     """One rank: imports, then loads."""
     import bitsandbytes.functional  # noqa: F401
 
-    from nslora_dist.base_config import load_config
-    from nslora_dist.base_files import Checkpoint
-    from nslora_dist.base_model import build_empty, torch_dtype
-    from nslora_dist.base_weights import fill_unit
     from nslora_dist.engines import start_engine
-    from nslora_dist.engines.base import Job, adapter_dtype
-    from nslora_dist.input_groups import attach_adapters, input_groups, target_groups
     from nslora_dist.recipe import Recipe
 
     if engine == "zero3":
         import nslora_dist.engines.zero3
     else:
         import nslora_dist.engines.fsdp2  # noqa: F401
-    here = torch.device("cpu")
     tree = recipe_tree(folder, rank=RANK, dtype="bfloat16", quantization=quantization, engine=engine, ranks=2)
     recipe = Recipe.model_validate(tree)
-    checkpoint = Checkpoint(Path(folder))
-    config = load_config(recipe.base_model)
-    model = build_empty(recipe.base_model, config)
-    groups = target_groups(input_groups(model), recipe.adapter)
-    attach_adapters(model, groups, recipe.adapter, adapter_dtype(recipe, torch_dtype(recipe.base_model)))
+    job = random_job(recipe)
     _warm_up()
     yield
-
-    def fill(unit: nn.Module, name: str) -> None:
-        fill_unit(unit, name, checkpoint, device=here)
-        for module in unit.modules():
-            if hasattr(module, "lora_A"):
-                module.fill(torch.randn(module.lora_A.shape), None, device=here)
-
     start = time.perf_counter()
-    started = start_engine(Job(model=model, fill=fill, device=here), recipe)
+    started = start_engine(job, recipe)
     yield time.perf_counter() - start
     del started
 

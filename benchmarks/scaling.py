@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 from _common import parser, write_result
-from _models import llama_config, medians, recipe_tree, show, token_batches, write_checkpoint
+from _models import llama_config, medians, random_job, recipe_tree, show, token_batches, write_checkpoint
 from _ranks import Watched, watched_ranks
-from torch import nn
 
 HERE = torch.device("cpu")
 
@@ -57,32 +56,15 @@ def calibrate(folder: str, settings: dict[str, Any]) -> Iterator[Any]:
 
 def train(folder: str, settings: dict[str, Any], engine: str, world_size: int) -> Iterator[Any]:
     """One rank's sharded load and a few steps; gives the median step."""
-    from nslora_dist.base_config import load_config
-    from nslora_dist.base_files import Checkpoint
-    from nslora_dist.base_model import build_empty, torch_dtype
-    from nslora_dist.base_weights import fill_unit
     from nslora_dist.engines import start_engine
-    from nslora_dist.engines.base import Job, adapter_dtype
-    from nslora_dist.input_groups import attach_adapters, input_groups, target_groups
     from nslora_dist.recipe import Recipe
 
     rows = settings["rows"] // world_size
     recipe = Recipe.model_validate(recipe_tree(folder, rank=16, engine=engine, batch=rows, ranks=world_size))
-    checkpoint = Checkpoint(Path(folder))
     batch = token_batches(1, rows=rows, length=settings["length"], vocabulary=settings["vocabulary"])[0]
     torch.mm(torch.ones(256, 256), torch.ones(256, 256))
     yield
-    model = build_empty(recipe.base_model, load_config(recipe.base_model))
-    groups = target_groups(input_groups(model), recipe.adapter)
-    attach_adapters(model, groups, recipe.adapter, adapter_dtype(recipe, torch_dtype(recipe.base_model)))
-
-    def fill(unit: nn.Module, name: str) -> None:
-        fill_unit(unit, name, checkpoint, device=HERE)
-        for module in unit.modules():
-            if hasattr(module, "lora_A"):
-                module.fill(torch.randn(module.lora_A.shape) / module.lora_A.shape[1] ** 0.5, None, device=HERE)
-
-    started = start_engine(Job(model=model, fill=fill, device=HERE), recipe)
+    started = start_engine(random_job(recipe), recipe)
     seconds: list[tuple[float, ...]] = []
     for number in range(settings["steps"] + 1):
         start = time.perf_counter()

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from _common import parser, write_result
-from _models import alternate, llama_config, recipe_tree, show, token_batches, write_checkpoint
+from _models import alternate, llama_config, random_job, recipe_tree, show, token_batches, write_checkpoint
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -31,32 +31,12 @@ from nslora_dist.base_files import Checkpoint
 from nslora_dist.base_model import build_empty, torch_dtype, units
 from nslora_dist.base_weights import fill_unit, finish
 from nslora_dist.batches import Batch
-from nslora_dist.engines.base import Job, adapter_dtype
 from nslora_dist.engines.single import SingleEngine
 from nslora_dist.frozen import FrozenHead
-from nslora_dist.input_groups import attach_adapters, input_groups, target_groups
 from nslora_dist.recipe import LINEAR_TARGETS, Recipe
 from nslora_dist.supervised import SupervisedModel
 
 HERE = torch.device("cpu")
-
-
-def our_engine(recipe: Recipe, config: LlamaConfig) -> SingleEngine:
-    """The project's engine over the checkpoint, each A random (its values do not change its cost)."""
-    model = build_empty(recipe.base_model, config)
-    groups = target_groups(input_groups(model), recipe.adapter)
-    attach_adapters(model, groups, recipe.adapter, adapter_dtype(recipe, torch_dtype(recipe.base_model)))
-    checkpoint = Checkpoint(Path(recipe.base_model.path))
-    generator = torch.Generator().manual_seed(0)
-
-    def fill(unit: nn.Module, name: str) -> None:
-        fill_unit(unit, name, checkpoint, device=HERE)
-        for module in unit.modules():
-            if hasattr(module, "lora_A"):
-                a = torch.randn(module.lora_A.shape, generator=generator) / module.lora_A.shape[1] ** 0.5
-                module.fill(a, None, device=HERE)
-
-    return SingleEngine(Job(model=model, fill=fill, device=HERE), recipe)
 
 
 def our_step(engine: SingleEngine, batch: Batch) -> float:
@@ -150,7 +130,7 @@ def measure(case: str, config: LlamaConfig, args: Any) -> dict[str, Any]:
         for rank in args.ranks:
             tree = recipe_tree(folder, rank=rank, dtype=dtype, quantization=quantization, batch=args.batch)
             recipe = Recipe.model_validate(tree)
-            engine, peft, free = our_engine(recipe, config), Peft(recipe), AdapterFree(recipe, config)
+            engine, peft, free = SingleEngine(random_job(recipe), recipe), Peft(recipe), AdapterFree(recipe, config)
             runs = {"ours": partial(our_step, engine, batch), "peft": partial(peft.step, batch)}
             times = alternate(runs | {"free": partial(free.step, batch)}, args.repeats)
             saved = {"ours": saved_bytes(engine.root, batch), "peft": saved_bytes(peft.root, batch)}
