@@ -27,9 +27,9 @@ from _models import block_shapes, llama_config, show, token_batches, wait
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
+from nslora_dist.attach import attach_adapters
 from nslora_dist.base_model import (
     FrozenLinear,
-    attach_adapters,
     blocks,
     build_empty,
     fill_unit,

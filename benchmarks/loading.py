@@ -34,9 +34,9 @@ def load(engine: str, folder: str, quantization: str) -> Iterator[Any]:
     """One rank: imports, then loads."""
     import bitsandbytes.functional  # noqa: F401
 
+    from nslora_dist.attach import attach_adapters
     from nslora_dist.base_files import Checkpoint
     from nslora_dist.base_model import (
-        attach_adapters,
         build_empty,
         fill_unit,
         input_groups,

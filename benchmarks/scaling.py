@@ -55,9 +55,9 @@ def calibrate(folder: str, settings: dict[str, Any]) -> Iterator[Any]:
 
 def train(folder: str, settings: dict[str, Any], engine: str, world_size: int) -> Iterator[Any]:
     """One rank's sharded load and a few steps; gives the median step."""
+    from nslora_dist.attach import attach_adapters
     from nslora_dist.base_files import Checkpoint
     from nslora_dist.base_model import (
-        attach_adapters,
         build_empty,
         fill_unit,
         input_groups,

@@ -27,10 +27,10 @@ from _models import alternate, llama_config, recipe_tree, show, token_batches, w
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from nslora_dist.attach import attach_adapters
 from nslora_dist.base_files import Checkpoint
 from nslora_dist.base_model import (
     FrozenHead,
-    attach_adapters,
     build_empty,
     fill_unit,
     finish,

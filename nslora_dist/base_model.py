@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from nslora_dist import nf4
-from nslora_dist.adapter import AdaptedLinear
+from nslora_dist.adapter import Adapter
 from nslora_dist.base_files import Checkpoint
 from nslora_dist.errors import UserError
 from nslora_dist.explain import nearest
@@ -259,7 +259,7 @@ def input_groups(model: PreTrainedModel) -> list[InputGroup]:
     hooks = []
     for block_name, block in blocks(model):
         for name, module in block.named_modules():
-            if isinstance(module, AdaptedLinear):
+            if isinstance(module, Adapter):
                 raise AssertionError("groups are found on the base, before adapters are attached")
             if isinstance(module, FrozenLinear):
                 full = f"{block_name}.{name}"
@@ -316,27 +316,6 @@ def target_groups(groups: list[InputGroup], adapter: AdapterSection) -> list[Inp
     return chosen
 
 
-def attach_adapters(
-    model: PreTrainedModel, groups: list[InputGroup], adapter: AdapterSection, dtype: torch.dtype
-) -> None:
-    """Puts an adapted linear, still on the meta device, in the place of every target module."""
-    for group in groups:
-        for shape in group.modules:
-            base = model.get_submodule(shape.name)
-            adapted = AdaptedLinear(
-                base,
-                name=shape.name,
-                in_features=shape.in_features,
-                out_features=shape.out_features,
-                rank=adapter.rank,
-                scale=adapter.scale,
-                freeze_a=adapter.a_is_frozen,
-                residual=adapter.form == "residual",
-                dtype=dtype,
-            )
-            model.set_submodule(shape.name, adapted)
-
-
 def fill_unit(unit: nn.Module, name: str, checkpoint: Checkpoint, *, device: torch.device) -> None:
     """Reads one unit's base weights onto ``device``, packing 4-bit ones; adapters are left alone."""
     for path, module in _base_modules(unit, name):
@@ -358,7 +337,7 @@ def _base_modules(unit: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]
     """The unit's modules by their names in the checkpoint, which knows nothing of adapters."""
     for path, module in unit.named_modules():
         full = f"{name}.{path}" if path else name
-        if isinstance(module, AdaptedLinear):
+        if isinstance(module, Adapter):
             continue
         yield full.removesuffix(".base"), module
 

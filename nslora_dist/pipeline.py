@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from nslora_dist import artifacts, dist
 from nslora_dist.adapter import AdaptedLinear, adapted_linears
 from nslora_dist.arms import FinishedArm, evaluation_hash
+from nslora_dist.attach import attach_adapters
 from nslora_dist.base_files import Checkpoint, locate
 from nslora_dist.base_model import (
     InputGroup,
-    attach_adapters,
     build_empty,
     fill_unit,
     input_groups,
@@ -29,13 +29,15 @@ from nslora_dist.base_model import (
 from nslora_dist.calibration import store
 from nslora_dist.calibration.run import Calibration
 from nslora_dist.calibration.store import NullSpace
-from nslora_dist.calibration_data import CalibrationTexts, calibration_texts
+from nslora_dist.calibration.weights import WeightNullSpace, reuse_or_make
+from nslora_dist.calibration_data import calibration_texts
 from nslora_dist.data import TrainingData, load_tokenizer
 from nslora_dist.engines import Engine, start_engine
 from nslora_dist.engines.base import Job, adapter_dtype
 from nslora_dist.errors import UserError
 from nslora_dist.evaluate import EvaluationSets, evaluate, forward_interference, live_interference, summarise
-from nslora_dist.export import gather_factors, write_adapter
+from nslora_dist.export_arm import export
+from nslora_dist.null_lora import NullLoraLinear
 from nslora_dist.recipe import Recipe
 from nslora_dist.report import Scalars, spectrum_entry, summary_table, write_report, written_paths
 from nslora_dist.run_folder import claim_folder
@@ -102,13 +104,40 @@ class Run:
                     store.save(folder, null_space)
         return null_space
 
+    def weight_null_space(self, arm: Recipe) -> WeightNullSpace | None:
+        """The weights' null spaces for an arm of Null-LoRA, from disk where they fit; None for other methods.
+
+        Raises:
+            UserError: no target weight has a null space at the arm's threshold.
+        """
+        if arm.adapter.method != "null_lora":
+            return None
+        with self.phase("null spaces of the weights"):
+            found = reuse_or_make(
+                self.folder,
+                self.checkpoint,
+                arm,
+                self._groups(arm),
+                model=lambda: build_empty(arm.base_model, self.config),
+                fingerprint=self._fingerprint,
+                device=self.device,
+            )
+        left_out = found.left_out(arm.adapter.rank)
+        if left_out:
+            log.info("null_lora: no null space at threshold %g, left out: %s", arm.adapter.null_threshold, left_out)
+        return found
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """The base's, the same on every rank."""
+        return str(dist.share(self.checkpoint.fingerprint() if dist.is_main() else None))
+
     @cached_property
     def _null_space_key(self) -> dict[str, Any]:
         """What the null space depends on, and one hash over it: a run with the same hash reuses it."""
         adapter = self.recipe.adapter
-        fingerprint = dist.share(self.checkpoint.fingerprint() if dist.is_main() else None)
         hashes = {
-            "base": fingerprint,
+            "base": self._fingerprint,
             "data": {text.name: {"hash": text.hash, "weight": text.weight} for text in self.texts},
             "settings": artifacts.hash_json(
                 {
@@ -140,6 +169,9 @@ class Run:
             sets = EvaluationSets.load(recipe.evaluation, self.tokenizer)
         claim_folder(recipe)
         null_space = self.null_space() if recipe.adapter.method == "lora_null" else None
+        arms = {recipe.arm_name: recipe, **baselines}
+        # Before any training too: a threshold that leaves no null space is the user's to mend.
+        weights = {name: found for name, arm in arms.items() if (found := self.weight_null_space(arm)) is not None}
         report: dict[str, Any] = {
             "recipe": recipe.model_dump(mode="json"),
             "engine": recipe.engine.name,
@@ -149,6 +181,7 @@ class Run:
             "interference_by_arm": {},
             "leak": None if null_space is None else null_space.leak(),
             "spectra": _spectra(null_space),
+            "weight_null_space": {name: found.facts(arms[name].adapter.rank) for name, found in weights.items()},
             "data": {
                 "samples": data.samples,
                 "tokens": data.tokens,
@@ -158,11 +191,13 @@ class Run:
             },
         }
         hashes = self._null_space_key["hashes"] | {"rows": data.hash, "evaluation": evaluation_hash(sets)}
-        figures = self._arm(recipe, recipe.arm_name, null_space, data, sets, report, hashes)
+        start: NullSpace | WeightNullSpace | None = weights.get(recipe.arm_name, null_space)
+        figures = self._arm(recipe, recipe.arm_name, start, data, sets, report, hashes)
         report |= {key: figures[key] for key in ("losses", "grad_norms", "tokens_per_second")}
         for name, arm in baselines.items():
             arm_data = data if arm.train == recipe.train else TrainingData.load(arm.data, arm.train, self.tokenizer)
-            self._arm(arm, name, null_space if _fits(arm, recipe) else None, arm_data, sets, report, hashes)
+            start = weights.get(name, null_space if _fits(arm, recipe) else None)
+            self._arm(arm, name, start, arm_data, sets, report, hashes)
         memory = torch.tensor([peak_memory()], dtype=torch.int64, device=self.device)
         if dist.world_size() > 1:
             torch.distributed.all_reduce(memory, op=torch.distributed.ReduceOp.MAX)
@@ -176,7 +211,7 @@ class Run:
         self,
         arm: Recipe,
         name: str,
-        null_space: NullSpace | None,
+        null_space: NullSpace | WeightNullSpace | None,
         data: TrainingData,
         sets: EvaluationSets,
         report: dict[str, Any],
@@ -201,7 +236,7 @@ class Run:
             report |= {"interference": figures["interference"], "adapter": str(folder)}
         if engine is not None:
             with self.phase("export"):
-                export(engine, arm, folder, report, texts=self.texts, evaluated=name)
+                export(engine, arm, folder, report, texts=self.texts, evaluated=name, null_space=null_space)
             engine.close()
             finished.write(figures | {"seconds": self.seconds})
         else:
@@ -213,7 +248,7 @@ class Run:
         self,
         arm: Recipe,
         name: str,
-        null_space: NullSpace | None,
+        null_space: NullSpace | WeightNullSpace | None,
         data: TrainingData,
         sets: EvaluationSets,
         report: dict[str, Any],
@@ -256,14 +291,20 @@ class Run:
             module.measure = False
         return live_interference(engine)
 
-    def _job(self, arm: Recipe, null_space: NullSpace | None) -> Job:
+    def _job(self, arm: Recipe, null_space: NullSpace | WeightNullSpace | None) -> Job:
         """The arm's model on the meta device, and how its units are filled."""
         model = build_empty(arm.base_model, self.config)
-        attach_adapters(model, self._groups(arm), arm.adapter, adapter_dtype(arm, torch_dtype(arm.base_model)))
+        dtype = adapter_dtype(arm, torch_dtype(arm.base_model))
+        sizes = null_space.sizes(arm.adapter.rank) if isinstance(null_space, WeightNullSpace) else None
+        attach_adapters(model, self._groups(arm), arm.adapter, dtype, null_sizes=sizes)
 
         def fill(unit: nn.Module, name: str) -> None:
             with dist.together(f"loading {name}"):
                 fill_unit(unit, name, self.checkpoint, device=self.device)
+            if isinstance(null_space, WeightNullSpace):
+                for own in [m for m in unit.modules() if isinstance(m, NullLoraLinear)]:
+                    own.fill(*null_space.bases(own.name, device=self.device), device=self.device)
+                return
             for module in [m for m in unit.modules() if isinstance(m, AdaptedLinear)]:
                 if null_space is None:
                     module.fill(random_a(module, seed=arm.train.seed), None, device=self.device)
@@ -281,39 +322,6 @@ def random_a(module: AdaptedLinear, *, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{module.name}".encode()))
     bound = module.lora_A.shape[1] ** -0.5
     return (torch.rand(module.lora_A.shape, generator=generator) * 2 - 1) * bound
-
-
-def export(
-    engine: Engine, arm: Recipe, folder: Path, report: dict[str, Any], *, texts: list[CalibrationTexts], evaluated: str
-) -> None:
-    """Gathers the adapter module by module and writes it in PEFT's format on the original base."""
-    factors = gather_factors(engine, torch_dtype(arm.base_model))
-    adapter, section = arm.adapter, arm.calibration
-    described = {t.name: {"sequences": len(t.calibration), "tokens": sum(map(len, t.calibration))} for t in texts}
-    card = {
-        "name": f"{arm.name} ({evaluated})",
-        "method": adapter.method,
-        "form": adapter.form,
-        "a_init": adapter.a_init if adapter.method == "lora_null" else "random",
-        "freeze_a": adapter.a_is_frozen,
-        "quantization": arm.base_model.quantization,
-        "sources": {n: described[n] | {"path": s.path, "weight": s.weight} for n, s in section.sources.items()},
-        "probes": {n: described[n] | {"path": s.path} for n, s in section.probes.items()},
-        "leak": report["leak"] if adapter.method == "lora_null" else None,
-        "interference": report["interference_by_arm"][evaluated],
-        "evaluation": {n: report["evaluation"][n] for n in ("base", evaluated)},
-    }
-    with dist.together("writing the adapter"):
-        if dist.is_main():
-            write_adapter(
-                folder,
-                factors,
-                scale=adapter.scale,
-                base_model=arm.base_model.path,
-                revision=arm.base_model.revision,
-                target_modules=adapter.target_modules,
-                card=card,
-            )
 
 
 def _fits(arm: Recipe, recipe: Recipe) -> bool:
@@ -350,9 +358,14 @@ def run_training(recipe: Recipe, device: torch.device) -> None:
 
 
 def run_calibration(recipe: Recipe, device: torch.device) -> None:
-    """``launch/calibrate.py``: writes ``null_space/`` and stops."""
+    """``launch/calibrate.py``: writes ``null_space/``, for Null-LoRA ``weight_null_space/``, and stops."""
     run = Run(recipe, device)
     claim_folder(recipe)
+    if recipe.adapter.method == "null_lora":
+        run.weight_null_space(recipe)
+        if dist.is_main():
+            print(f"null spaces of the weights: {run.folder / 'weight_null_space'}")
+        return
     leak = run.null_space().leak()
     if dist.is_main():
         print(f"null space: {run.folder / 'null_space'}; leak {leak}")

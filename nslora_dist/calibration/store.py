@@ -15,7 +15,7 @@ Keeping M instead of A₀ costs r × r a module where A₀ would cost r × d_in.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from torch import Tensor
 from nslora_dist import artifacts, dist
 from nslora_dist.errors import UserError
 
-FILE = "null_space.safetensors"
 MIXTURE = "calibration"
 """Name under which the weighted mixture of all sources is measured, beside each source and probe of its own."""
 
@@ -46,11 +45,30 @@ class ModuleStart:
 
 
 @dataclass(frozen=True)
-class NullSpace:
-    """A calibrated null space. ``tensors`` is filled on rank 0 alone; the manifest is known everywhere."""
+class Stored:
+    """Null spaces as they are kept. ``tensors`` is filled on rank 0 alone; the manifest is known everywhere."""
 
+    FILE: ClassVar[str]
     manifest: dict[str, Any]
     tensors: Mapping[str, Tensor]
+
+    def send(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """One float32 tensor from rank 0 on every rank: call it on all of them, in the same order."""
+        if dist.is_main():
+            value = self.tensors[name].to(device)
+        else:
+            value = torch.empty(shape, dtype=torch.float32, device=device)
+        return dist.broadcast(value.contiguous())
+
+
+S = TypeVar("S", bound=Stored)
+
+
+@dataclass(frozen=True)
+class NullSpace(Stored):
+    """A calibrated null space."""
+
+    FILE = "null_space.safetensors"
 
     def start(self, module: str, *, device: torch.device) -> ModuleStart:
         """One module's start, sent from rank 0 to every rank: call it on all of them, in the same order."""
@@ -58,22 +76,15 @@ class NullSpace:
         group = entry["group"]
         shapes = self.manifest["groups"][group]
         width, rank = shapes["in_features"], self.manifest["settings"]["rank"]
-        basis = self._send(f"{group}.basis", (width, rank), device)
-        mix = self._send(f"{module}.mix", (rank, rank), device) if entry["mixed"] else None
-        b = self._send(f"{module}.start_B", (entry["out_features"], rank), device) if entry["has_start_b"] else None
+        basis = self.send(f"{group}.basis", (width, rank), device)
+        mix = self.send(f"{module}.mix", (rank, rank), device) if entry["mixed"] else None
+        b = self.send(f"{module}.start_B", (entry["out_features"], rank), device) if entry["has_start_b"] else None
         grams = {}
         for name in entry["references"]:
-            gram = self._send(f"{group}.update_gram.{name}", (rank, rank), device)
+            gram = self.send(f"{group}.update_gram.{name}", (rank, rank), device)
             grams[name] = gram if mix is None else mix @ gram @ mix.T
         a = basis.T.contiguous() if mix is None else mix @ basis.T
         return ModuleStart(a=a, b=b, update_grams=grams, references=dict(entry["references"]))
-
-    def _send(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        if dist.is_main():
-            value = self.tensors[name].to(device)
-        else:
-            value = torch.empty(shape, dtype=torch.float32, device=device)
-        return dist.broadcast(value.contiguous())
 
     def leak(self) -> dict[str, float | None]:
         """Mean over groups of the leak on calibration and on held-out tokens, and of a random basis's."""
@@ -85,36 +96,36 @@ class NullSpace:
         return leaks
 
 
-def save(folder: Path, null_space: NullSpace) -> None:
+def save(folder: Path, stored: Stored) -> None:
     """Writes the artifact, whole or not at all; on rank 0."""
     with artifacts.replace_folder(folder) as fresh:
-        artifacts.save_tensors(fresh / FILE, null_space.tensors)
-        artifacts.write_manifest(fresh, null_space.manifest)
+        artifacts.save_tensors(fresh / stored.FILE, stored.tensors)
+        artifacts.write_manifest(fresh, stored.manifest)
 
 
-def load(folder: Path) -> NullSpace:
+def load(folder: Path, kind: type[S] = NullSpace) -> S:  # type: ignore[assignment]
     """Reads and verifies the artifact; on rank 0.
 
     Raises:
         UserError: a file is missing, damaged or not as the manifest says.
     """
     manifest = artifacts.read_manifest(folder)
-    return NullSpace(manifest=manifest, tensors=artifacts.load_tensors(folder / FILE))
+    return kind(manifest=manifest, tensors=artifacts.load_tensors(folder / kind.FILE))
 
 
-def reusable(folder: Path, key: str) -> NullSpace | None:
+def reusable(folder: Path, key: str, kind: type[S] = NullSpace) -> S | None:  # type: ignore[assignment]
     """The null space in ``folder`` where it was made from the same base, data and settings; on every rank.
 
     A damaged one is an error and not silently recomputed, for it may be somebody's only copy.
     """
-    found: NullSpace | None = None
+    found: S | None = None
     with dist.together("reading the null space"):
         if dist.is_main() and (folder / "manifest.json").is_file():
-            candidate = load(folder)
+            candidate = load(folder, kind)
             if "key" not in candidate.manifest:
                 raise UserError(f"{folder}: its manifest.json is not a null space's; give another output_dir")
             found = candidate if candidate.manifest["key"] == key else None
-    manifest = dist.share(found.manifest if found is not None else None)
+    manifest: Any = dist.share(found.manifest if found is not None else None)
     if manifest is None:
         return None
-    return found if found is not None else NullSpace(manifest=manifest, tensors={})  # type: ignore[arg-type]
+    return found if found is not None else kind(manifest=manifest, tensors={})

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from nslora_dist.attach import attach_adapters
 from nslora_dist.base_model import (
     NF4_BLOCK,
     FrozenLinear,
-    attach_adapters,
     blocks,
     build_empty,
     input_groups,
@@ -196,7 +196,7 @@ class Shapes:
 
 def is_adapter(name: str) -> bool:
     """Whether a parameter belongs to an adapter and not to the base."""
-    return name.rsplit(".", 1)[-1] in ("lora_A", "lora_B", "start_A", "start_B")
+    return name.rsplit(".", 1)[-1] in ("lora_A", "lora_B", "start_A", "start_B", "null_in", "null_out")
 
 
 def shapes_of(recipe: Recipe, config: PreTrainedConfig | None = None) -> Shapes:

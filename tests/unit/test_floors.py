@@ -10,9 +10,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "nslora_dist"
 FLOORS = (
-    "errors explain zero_file recipe recipe_file dist quiet eigensolver null_space linear nf4 adapter artifacts",
-    "rows batches data calibration_data base_files base_model calibration supervised card export engines run_folder",
-    "checkpoint arms evaluate trainer report plots dry_run plan tiny_world pretrain",
+    "errors explain zero_file recipe recipe_file dist quiet eigensolver null_space weight_null linear nf4 adapter "
+    "null_lora artifacts",
+    "rows batches data calibration_data base_files base_model attach calibration supervised card export engines "
+    "run_folder",
+    "checkpoint arms export_arm evaluate trainer report plots dry_run plan tiny_world pretrain",
     "pipeline command",
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
