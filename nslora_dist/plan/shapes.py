@@ -97,6 +97,7 @@ class Adapter:
     projected: bool
     null_space: bool
     item: int
+    null_lora: bool = False
 
     @property
     def keeps_start_a(self) -> bool:
@@ -196,7 +197,12 @@ class Shapes:
 
 def is_adapter(name: str) -> bool:
     """Whether a parameter belongs to an adapter and not to the base."""
-    return name.rsplit(".", 1)[-1] in ("lora_A", "lora_B", "start_A", "start_B", "null_in", "null_out")
+    return name.rsplit(".", 1)[-1] in ("lora_A", "lora_B", "start_A", "start_B") or is_null_basis(name)
+
+
+def is_null_basis(name: str) -> bool:
+    """Whether a parameter is one of Null-LoRA's bases, which stay in training and are no part of an export."""
+    return name.rsplit(".", 1)[-1] in ("null_in", "null_out")
 
 
 def shapes_of(recipe: Recipe, config: PreTrainedConfig | None = None) -> Shapes:
@@ -246,6 +252,7 @@ def shapes_of(recipe: Recipe, config: PreTrainedConfig | None = None) -> Shapes:
             projected=section.a_init == "projected",
             null_space=section.method == "lora_null",
             item=held.itemsize,
+            null_lora=section.method == "null_lora",
         ),
         layers=layers,
         hidden=int(config.hidden_size),

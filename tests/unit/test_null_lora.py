@@ -58,7 +58,7 @@ def complement(basis: Tensor) -> Tensor:
 
 
 def train(module: Adapter, dtype: torch.dtype, steps: int, after: Any = None) -> None:
-    """AdamW on a regression to a random map; float32 masters for parameters held in fewer bits, as engines keep them."""
+    """AdamW on a regression to a random map; float32 masters of bfloat16 parameters, as engines keep them."""
     target, x = normal(D_OUT, D_IN, seed=7) * 0.1, normal(96, D_IN, seed=8)
     trained = [p for p in module.parameters() if p.requires_grad]
     masters = [p.detach().float().clone() for p in trained]

@@ -102,6 +102,14 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
         ({"adapter": {"method": "lora", "form": "residual"}}, "needs method 'lora_null'"),
         ({"adapter": {"freeze_a": False}}, "only while A is frozen"),
         ({"adapter": {"form": "residual", "a_init": "orthonormal"}}, "needs a_init: projected"),
+        ({"adapter": {"method": "null_lora", "form": "residual"}}, "leave form, a_init and freeze_a out"),
+        ({"adapter": {"method": "null_lora", "a_init": "orthonormal"}}, "leave form, a_init and freeze_a out"),
+        ({"adapter": {"method": "null_lora", "freeze_a": True}}, "leave form, a_init and freeze_a out"),
+        ({"adapter": {"method": "null_lora", "rank": 7}}, "7 is odd: use rank: 8 for the parameters of a LoRA of rank 4"),
+        ({"adapter": {"method": "null_lora", "rank": 64, "null_dim": 32}}, "no room for rank 64: set null_dim: 64"),
+        ({"adapter": {"method": "null_lora", "null_threshold": 1.0}}, "adapter.null_threshold"),
+        ({"adapter": {"null_dim": 32}}, "null_dim is for method 'null_lora'"),
+        ({"adapter": {"method": "lora", "null_threshold": 0.2}}, "null_threshold is for method 'null_lora'"),
         ({"data": {"packing": True}, "base_model": {"attention": "eager"}}, "data.packing needs an attention"),
         ({"base_model": {"attention": "flash_attention_2", "dtype": "float32"}}, "base_model.dtype: bfloat16"),
         ({"data": {"template": "no place for it"}}, "must hold {prompt} exactly once"),
@@ -265,6 +273,20 @@ def test_baselines_are_arms_of_their_own(tmp_path: Path) -> None:
     assert "that name is taken" in complaint(tmp_path, evaluation={"baselines": {"null_space": {}}})
     message = complaint(tmp_path, evaluation={"baselines": {"bad": {"adapter": {"rnak": 4}}}})
     assert "evaluation.baselines.bad: adapter.rnak: unknown key (did you mean 'rank'?)" in message
+
+
+def test_baselines_of_another_method_drop_the_keys_of_the_recipes_own(tmp_path: Path) -> None:
+    weights = {"weights": {"adapter": {"method": "null_lora", "rank": 4, "null_dim": 9}}}
+    recipe = load_recipe(write(tmp_path, adapter={"form": "residual"}, evaluation={"baselines": weights}))
+    arm = recipe.arm("weights")
+    assert (arm.adapter.method, arm.adapter.form, arm.adapter.null_dim) == ("null_lora", "delta", 9)
+    assert arm.arm_name == "null_lora" and not arm.adapter.a_is_frozen
+    activations = {"activations": {"adapter": {"method": "lora_null"}}, "plain": {"adapter": {"method": "lora"}}}
+    mine = {"method": "null_lora", "null_dim": 9, "null_threshold": 0.5}
+    recipe = load_recipe(write(tmp_path, adapter=mine, evaluation={"baselines": activations}))
+    assert (recipe.arm_name, recipe.arm("activations").adapter.a_is_frozen) == ("null_lora", True)
+    assert recipe.arm("plain").adapter.null_threshold == 0.1
+    assert "that name is taken" in complaint(tmp_path, adapter=mine, evaluation={"baselines": {"null_lora": {}}})
 
 
 def test_alpha_defaults_to_the_rank(tmp_path: Path) -> None:
