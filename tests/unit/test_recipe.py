@@ -105,7 +105,10 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
         ({"adapter": {"method": "null_lora", "form": "residual"}}, "leave form, a_init and freeze_a out"),
         ({"adapter": {"method": "null_lora", "a_init": "orthonormal"}}, "leave form, a_init and freeze_a out"),
         ({"adapter": {"method": "null_lora", "freeze_a": True}}, "leave form, a_init and freeze_a out"),
-        ({"adapter": {"method": "null_lora", "rank": 7}}, "7 is odd: use rank: 8 for the parameters of a LoRA of rank 4"),
+        (
+            {"adapter": {"method": "null_lora", "rank": 7}},
+            "7 is odd: use rank: 8 for the parameters of a LoRA of rank 4",
+        ),
         ({"adapter": {"method": "null_lora", "rank": 64, "null_dim": 32}}, "no room for rank 64: set null_dim: 64"),
         ({"adapter": {"method": "null_lora", "null_threshold": 1.0}}, "adapter.null_threshold"),
         ({"adapter": {"null_dim": 32}}, "null_dim is for method 'null_lora'"),
@@ -304,6 +307,18 @@ def test_every_recipe_is_dry_run(name: str) -> None:
     if recipe.base_model.config is not None:
         count = PARAMETERS[Path(recipe.base_model.config).name]
         assert f"base parameters {count:>21,}" in said
+
+
+def test_dry_run_of_null_lora_counts_halves_and_bases() -> None:
+    """70B, rank 128 and 256 null directions: a LoRA of rank 64 trains, V and U are frozen beside it."""
+    said = describe(load_recipe("llama3_70b_math", ["adapter.method=null_lora", "adapter.rank=128"]))
+    assert "down_proj (64, 28672) (8192, 64) (28672, 256) (8192, 256)" in said
+    widths = 80 * (2 * 16384 + 2 * 9216 + 3 * 36864)
+    assert f"{64 * widths:,}" in said and f"{(64 + 256) * widths:,}" in said
+    rows = {line.split()[0]: line.split()[1:] for line in said.splitlines() if " right " in line and " left " in line}
+    assert rows["down_proj"] == ["right", "20,480", "left", "0"]
+    assert rows["k_proj"] == rows["v_proj"] == ["right", "7,168", "left", "0"]
+    assert rows["gate_proj"] == ["right", "0", "left", "20,480"] and rows["q_proj"] == ["right", "0", "left", "0"]
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
