@@ -1,14 +1,18 @@
 """Null spaces of weights on two ranks: dealt out or on rank 0, kept on disk and used again (METHODS.md §2.1)."""
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from helpers.ranks import run_ranks
-from helpers.weight_null_run import refused, spread, used_again
-from helpers.world import change_weights, make_base, make_texts
+from helpers.stages import CPU
+from helpers.weight_null_run import NULL_LORA, recipe, refused, spread, used_again
+from helpers.world import change_weights, make_base, make_recipe, make_texts
+from nslora_dist.pipeline import Run, run_calibration
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +64,35 @@ def test_a_weight_that_is_not_finite_is_named_on_every_rank(world: Path) -> None
         change_weights(world / "llama", world / "poisoned", poison)
     said = run_ranks(refused, 2, world, "poisoned", 0.3)
     assert all(re.search(r"layers\.1\.mlp\.up_proj: .*not finite", message) for message in said), said
+
+
+def test_calibration_of_a_null_lora_recipe_stops_at_its_own_null_spaces(world: Path) -> None:
+    run_calibration(recipe(world, "llama", "stops"), CPU)
+    assert sorted(path.name for path in (world / "stops").iterdir()) == ["recipe.yaml", "weight_null_space"]
+
+
+def test_a_whole_run_with_null_lora_as_a_baseline(world: Path) -> None:
+    """It is trained, measured by a forward pass, exported with its card, reported, and taken up by the next run."""
+    task = {"path": str(world / "task.jsonl"), "samples": 20}
+    arm = {"adapter": NULL_LORA | {"null_threshold": 0.23}, "train": {"weight_decay": 0.0}}
+    evaluation = {"adaptation": task, "retention": {"same": task}, "baselines": {"null_lora": arm}}
+    changes: dict[str, Any] = {"evaluation": evaluation, "train": {"max_steps": 2}}
+    job = make_recipe(world, world / "llama", world / "whole", **changes)
+    report = Run(job, CPU).train()
+    assert report["evaluation"].keys() == {"base", "null_space", "null_lora"}
+    facts = report["weight_null_space"]["null_lora"]
+    ranks = {name: entry["rank"] for name, entry in facts["modules"].items()}
+    assert len(ranks) == 14 and facts["left_out"] == [name for name, rank in ranks.items() if rank == 0] != []
+    measured = report["interference_by_arm"]["null_lora"]
+    assert measured["per_module"].keys() == {name for name, rank in ranks.items() if rank}
+    assert measured["max"] > 0 and measured["by_probe"].keys() == {"p"}
+    folder = world / "whole" / "baselines" / "null_lora"
+    card = (folder / "README.md").read_text()
+    assert "Null-LoRA (arXiv 2512.15233)" in card and "Left out, for want of a null space: model.layers" in card
+    config = json.loads((folder / "adapter_config.json").read_text())
+    written = {name: config["rank_pattern"].get(name, config["r"]) for name, rank in ranks.items() if rank}
+    assert written == {name: rank for name, rank in ranks.items() if rank} and len(set(written.values())) > 1
+    before = (folder / "adapter_model.safetensors").stat().st_mtime_ns
+    again = Run(job, CPU).train()
+    assert again["evaluation"] == report["evaluation"] and again["weight_null_space"] == report["weight_null_space"]
+    assert (folder / "adapter_model.safetensors").stat().st_mtime_ns == before
