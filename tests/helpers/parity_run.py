@@ -69,7 +69,7 @@ CASES: dict[str, Case] = {
     "biases_tied": _case(3, base="qwen25_tied_window"),
     "biases": _case(3, base="qwen2", keep_small=True),
     "null_lora": _case(6, adapter=ALPHA | NULL_LORA, train={"activation_checkpointing": True}),
-    # Two of the four MLP inputs of one block and all keys and values have no null space up to 0.23 and are left out.
+    # At 0.23 some weights have no null space, and their modules are left out.
     "null_lora_nf4": _case(6, adapter=NULL_LORA | {"null_threshold": 0.23}, base_model=NF4),
     "null_lora_bf16": _case(3, adapter=NULL_LORA, base_model=BF16),
     "null_lora_nf4_bf16": _case(3, adapter=NULL_LORA, base_model=BF16 | NF4),
