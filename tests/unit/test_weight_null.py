@@ -89,6 +89,14 @@ def test_a_wide_matrix_of_low_rank() -> None:
     assert (weight.double().T @ found.left.basis.double()).norm() < 1e-5
 
 
+def test_structural_directions_avoid_small_singular_vectors_too() -> None:
+    """σ down to 1e-5 of the largest: what the shift of the factor leaves of them, repeated projections take out."""
+    weight = with_spectrum(24, 96, decades(24, 1e-5))
+    found = weight_null_space(weight, dim=32, threshold=1e-6)
+    retained = torch.linalg.svd(weight, full_matrices=False)[2]
+    assert (retained @ found.right.basis.double()).abs().max() < 1e-6
+
+
 def test_a_weight_of_zeros_is_null_everywhere() -> None:
     found = weight_null_space(torch.zeros(4, 12), dim=6, threshold=0.1)
     assert found.right.basis.shape == (12, 6) and found.left.basis.shape == (4, 4)
