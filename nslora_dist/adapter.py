@@ -6,6 +6,7 @@ One module serves LoRA-Null and plain LoRA (METHODS.md §1, §1a); Null-LoRA's i
     residual  y = W x + s · (B A − B₀ A₀) x       LoRA-Null v1 (A trains) and v2 (A frozen), without rewriting W
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ class Observation:
     input: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, ABC):
     """A frozen linear with a low-rank update: all that training, measuring and export know of every kind of adapter.
 
     A kind adds its parameters and ``low_rank``, the factors that it computes with.
@@ -77,9 +78,9 @@ class Adapter(nn.Module):
             value = value.to(device=device, dtype=old.dtype, copy=True).contiguous()
             setattr(self, name, nn.Parameter(value, requires_grad=old.requires_grad))
 
+    @abstractmethod
     def low_rank(self, dtype: torch.dtype) -> LowRank:
         """The update's factors in the dtype of the activations."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) → (..., d_out), the base's dtype."""
