@@ -177,12 +177,13 @@ def show(figures: Mapping[str, Any]) -> None:
 
 def random_job(recipe: Any) -> Any:
     """An engine's ``Job`` over the recipe's checkpoint, each A random: its values do not change what it costs."""
+    from nslora_dist.attach import attach_adapters
     from nslora_dist.base_config import load_config
     from nslora_dist.base_files import Checkpoint
     from nslora_dist.base_model import build_empty, torch_dtype
     from nslora_dist.base_weights import fill_unit
     from nslora_dist.engines.base import Job, adapter_dtype
-    from nslora_dist.input_groups import attach_adapters, input_groups, target_groups
+    from nslora_dist.input_groups import input_groups, target_groups
 
     here = torch.device("cpu")
     model = build_empty(recipe.base_model, load_config(recipe.base_model))

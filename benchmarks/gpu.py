@@ -27,6 +27,7 @@ from _models import block_shapes, llama_config, show, token_batches, wait
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
+from nslora_dist.attach import attach_adapters
 from nslora_dist.base_model import blocks, build_empty, units
 from nslora_dist.base_weights import fill_unit, finish
 from nslora_dist.batches import Batch
@@ -34,7 +35,7 @@ from nslora_dist.calibration.grams import Collector, GroupSums
 from nslora_dist.calibration.solve import solve_group
 from nslora_dist.calibration.stream import BlockStream, Texts
 from nslora_dist.frozen import FrozenLinear
-from nslora_dist.input_groups import attach_adapters, input_groups, target_groups
+from nslora_dist.input_groups import input_groups, target_groups
 from nslora_dist.null_space import null_basis
 from nslora_dist.supervised import SupervisedModel
 

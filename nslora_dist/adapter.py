@@ -1,12 +1,13 @@
 """The adapted linear: a frozen base product plus a low-rank update, in delta and in residual form.
 
-One module serves every arm (METHODS.md §1, §1a):
+One module serves LoRA-Null and plain LoRA (METHODS.md §1, §1a); Null-LoRA's is in ``null_lora``:
 
     delta     y = W x + s · B A x                 B from zero; A frozen in the null space, or trained (plain LoRA)
     residual  y = W x + s · (B A − B₀ A₀) x       LoRA-Null v1 (A trains) and v2 (A frozen), without rewriting W
 """
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -32,100 +33,68 @@ class Observation:
     input: dict[str, Tensor] = field(default_factory=dict)
 
 
-class AdaptedLinear(nn.Module):
-    """``base(x)`` plus the low-rank update of one module.
+class Adapter(nn.Module, ABC):
+    """A frozen linear with a low-rank update: all that training, measuring and export know of every kind of adapter.
+
+    A kind adds its parameters and ``low_rank``, the factors that it computes with.
 
     Attributes:
-        lora_A: (r, d_in) down-projection.
-        lora_B: (d_out, r) up-projection, zero at the start in delta form, B₀ in residual form.
-        start_A: (r, d_in) A₀, only in residual form with A trained.
-        start_B: (d_out, r) B₀, only in residual form.
+        base: the frozen linear.
+        name: of the module it stands for in the Hugging Face model.
+        scale: alpha / rank.
+        lora_A: (·, d_in) trained or frozen down-projection.
+        lora_B: (d_out, ·) trained up-projection.
         update_grams: name of a source or probe → C = A G Aᵀ (r, r) float32, for the live interference.
         references: name → tr(W G Wᵀ), the energy of the base's own output.
         interference: name → ‖ΔW X‖_F / ‖W X‖_F, written by a forward pass while ``measure`` is set.
     """
 
-    def __init__(
-        self,
-        base: nn.Module,
-        *,
-        name: str,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        scale: float,
-        freeze_a: bool,
-        residual: bool,
-        dtype: torch.dtype,
-    ) -> None:
-        """Builds the adapter on the meta device; ``fill`` gives it values."""
+    lora_A: nn.Parameter  # noqa: N815
+    lora_B: nn.Parameter  # noqa: N815
+
+    def __init__(self, base: nn.Module, *, name: str, scale: float) -> None:
+        """Takes the frozen linear into its place."""
         super().__init__()
-
-        def empty(rows: int, columns: int, *, trains: bool) -> nn.Parameter:
-            return nn.Parameter(torch.empty(rows, columns, dtype=dtype, device="meta"), requires_grad=trains)
-
         self.base = base
         self.name = name
         self.scale = scale
-        self.residual = residual
-        self.a_is_frozen = freeze_a
-        self.lora_A = empty(rank, in_features, trains=not freeze_a)
-        self.lora_B = empty(out_features, rank, trains=True)
-        self.start_A = empty(rank, in_features, trains=False) if residual and not freeze_a else None
-        self.start_B = empty(out_features, rank, trains=False) if residual else None
         self.observation: Observation | None = None
         self.measure = False
         self.update_grams: dict[str, Tensor] = {}
         self.references: dict[str, float] = {}
         self.interference: dict[str, Tensor] = {}
 
-    def fill(self, a: Tensor, b: Tensor | None, *, device: torch.device) -> None:
-        """Gives the adapter its start: A = ``a`` (r, d_in); B = ``b`` (d_out, r) in residual form, else zero."""
-        assert (b is not None) == self.residual, "B₀ belongs to the residual form"
-        start = {"lora_A": a, "lora_B": b if b is not None else torch.zeros(self.lora_B.shape)}
-        if self.start_A is not None:
-            start["start_A"] = a
-        if self.start_B is not None:
-            assert b is not None
-            start["start_B"] = b
-        for name, value in start.items():
+    @staticmethod
+    def empty(rows: int, columns: int, *, dtype: torch.dtype, trains: bool) -> nn.Parameter:
+        """A parameter on the meta device, for ``assign`` to give it values."""
+        return nn.Parameter(torch.empty(rows, columns, dtype=dtype, device="meta"), requires_grad=trains)
+
+    def assign(self, values: Mapping[str, Tensor], *, device: torch.device) -> None:
+        """Gives the named parameters their values, in their own dtype."""
+        for name, value in values.items():
             old = getattr(self, name)
             assert value.shape == old.shape, f"{self.name}.{name}: {tuple(value.shape)} for {tuple(old.shape)}"
             # A copy of its own for each, or two parameters of residual form would share what the optimizer writes.
             value = value.to(device=device, dtype=old.dtype, copy=True).contiguous()
             setattr(self, name, nn.Parameter(value, requires_grad=old.requires_grad))
 
+    @abstractmethod
+    def low_rank(self, dtype: torch.dtype) -> LowRank:
+        """The update's factors in the dtype of the activations."""
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) → (..., d_out), the base's dtype."""
         if self.observation is not None:
             return self._observe(self.observation, x)
-        if self.measure:
-            self._measure_interference()
         # The base adds the update to its own product: only inside its forward is its weight gathered.
-        y = self.base(x, update=LowRank(self.lora_A.to(x.dtype), self.lora_B.to(x.dtype), self.scale))
-        return y if self.start_B is None else y - self._start(x)
+        y: Tensor = self.base(x, update=self.low_rank(x.dtype))
+        return y
 
     @torch.no_grad()
     def update(self, x: Tensor) -> Tensor:
         """ΔW x, (..., d_in) → (..., d_out), for measuring."""
-        z = functional.linear(x, self.lora_A.to(x.dtype))
-        change = self.scale * functional.linear(z, self.lora_B.to(x.dtype))
-        return change if self.start_B is None else change - self._start(x)
-
-    def _start(self, x: Tensor) -> Tensor:
-        """s · B₀ A₀ x, which the residual form takes off."""
-        assert self.start_B is not None
-        start_a = self.lora_A if self.start_A is None else self.start_A
-        return self.scale * frozen_linear(frozen_linear(x, start_a.to(x.dtype), None), self.start_B.to(x.dtype), None)
-
-    @torch.no_grad()
-    def _measure_interference(self) -> None:
-        """Interference per source and probe from the gathered B, r × r work a module (METHODS.md §1c)."""
-        b = self.lora_B.float()
-        if self.start_B is not None:
-            b = b - self.start_B.float()
-        for name, gram in self.update_grams.items():
-            self.interference[name] = interference(gram, self.scale * b, self.references[name])
+        a, b, scale = self.low_rank(x.dtype)
+        return scale * functional.linear(functional.linear(x, a), b)
 
     @torch.no_grad()
     def _observe(self, seen: Observation, x: Tensor) -> Tensor:
@@ -144,9 +113,86 @@ class AdaptedLinear(nn.Module):
         return y
 
 
-def adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:
+class AdaptedLinear(Adapter):
+    """``base(x)`` plus the low-rank update of one module, in delta or residual form.
+
+    Attributes:
+        lora_A: (r, d_in) down-projection.
+        lora_B: (d_out, r) up-projection, zero at the start in delta form, B₀ in residual form.
+        start_A: (r, d_in) A₀, only in residual form with A trained.
+        start_B: (d_out, r) B₀, only in residual form.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        *,
+        name: str,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        scale: float,
+        freeze_a: bool,
+        residual: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        """Builds the adapter on the meta device; ``fill`` gives it values."""
+        super().__init__(base, name=name, scale=scale)
+        self.residual = residual
+        self.a_is_frozen = freeze_a
+        self.lora_A = self.empty(rank, in_features, dtype=dtype, trains=not freeze_a)
+        self.lora_B = self.empty(out_features, rank, dtype=dtype, trains=True)
+        both = residual and not freeze_a
+        self.start_A = self.empty(rank, in_features, dtype=dtype, trains=False) if both else None
+        self.start_B = self.empty(out_features, rank, dtype=dtype, trains=False) if residual else None
+
+    def fill(self, a: Tensor, b: Tensor | None, *, device: torch.device) -> None:
+        """Gives the adapter its start: A = ``a`` (r, d_in); B = ``b`` (d_out, r) in residual form, else zero."""
+        assert (b is not None) == self.residual, "B₀ belongs to the residual form"
+        start = {"lora_A": a, "lora_B": b if b is not None else torch.zeros(self.lora_B.shape)}
+        if self.start_A is not None:
+            start["start_A"] = a
+        if self.start_B is not None:
+            assert b is not None
+            start["start_B"] = b
+        self.assign(start, device=device)
+
+    def low_rank(self, dtype: torch.dtype) -> LowRank:
+        """A and B as they are."""
+        return LowRank(self.lora_A.to(dtype), self.lora_B.to(dtype), self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) → (..., d_out), the base's dtype."""
+        if self.measure and self.observation is None:
+            self._measure_interference()
+        y = super().forward(x)
+        return y if self.start_B is None or self.observation is not None else y - self._start(x)
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> Tensor:
+        """ΔW x, (..., d_in) → (..., d_out), for measuring."""
+        change = super().update(x)
+        return change if self.start_B is None else change - self._start(x)
+
+    def _start(self, x: Tensor) -> Tensor:
+        """s · B₀ A₀ x, which the residual form takes off."""
+        assert self.start_B is not None
+        start_a = self.lora_A if self.start_A is None else self.start_A
+        return self.scale * frozen_linear(frozen_linear(x, start_a.to(x.dtype), None), self.start_B.to(x.dtype), None)
+
+    @torch.no_grad()
+    def _measure_interference(self) -> None:
+        """Interference per source and probe from the gathered B, r × r work a module (METHODS.md §1c)."""
+        b = self.lora_B.float()
+        if self.start_B is not None:
+            b = b - self.start_B.float()
+        for name, gram in self.update_grams.items():
+            self.interference[name] = interference(gram, self.scale * b, self.references[name])
+
+
+def adapted_linears(model: nn.Module) -> dict[str, Adapter]:
     """Every adapted linear of a model, by the name of the module it stands for in the Hugging Face model."""
-    return {module.name: module for module in model.modules() if isinstance(module, AdaptedLinear)}
+    return {module.name: module for module in model.modules() if isinstance(module, Adapter)}
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nslora_dist import dist
-from nslora_dist.adapter import AdaptedLinear
+from nslora_dist.adapter import Adapter
 from nslora_dist.base_files import Checkpoint
 from nslora_dist.frozen import FrozenLinear
 
@@ -60,7 +60,7 @@ def _base_modules(unit: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]
     """The unit's modules by their names in the checkpoint, which knows nothing of adapters."""
     for path, module in unit.named_modules():
         full = f"{name}.{path}" if path else name
-        if isinstance(module, AdaptedLinear):
+        if isinstance(module, Adapter):
             continue
         yield full.removesuffix(".base"), module
 

@@ -5,12 +5,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ARM_LABELS = {"base": "base", "lora": "plain LoRA", "null_space": "null-space adapter"}
+ARM_LABELS = {"base": "base", "lora": "plain LoRA", "null_space": "null-space adapter", "null_lora": "Null-LoRA"}
 METHODS = {
     "lora_null": "LoRA-Null (arXiv 2503.02659): the update is confined to, or starts from, the directions that the "
     "calibration activations hardly use",
     "lora": "LoRA",
+    "null_lora": "Null-LoRA (arXiv 2512.15233): the update lies in the null space of the weight itself on both sides, "
+    "one half of each factor frozen",
 }
+TAGS = {"lora_null": ["lora-null", "null-space"], "null_lora": ["null-lora", "null-space"]}
 FORMS = {
     "delta": "delta: A stays at its initial value and B - B0 is trained from zero on the untouched base",
     "residual": "residual: trained on W - B0 A0 and exported exactly, as B A - B0 A0, at twice the rank",
@@ -72,19 +75,45 @@ def interference_tables(interference: Mapping[str, Any]) -> list[str]:
     return tables
 
 
+def weight_null_table(facts: Mapping[str, Any]) -> list[str]:
+    """Markdown of Null-LoRA's null spaces: per kind of module the directions kept on either side and the ranks left."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for name, entry in facts["modules"].items():
+        kinds.setdefault(name.rsplit(".", 1)[1], []).append(entry)
+
+    def span(values: Sequence[int]) -> str:
+        return str(min(values)) if min(values) == max(values) else f"{min(values)} to {max(values)}"
+
+    rows = [
+        [
+            kind,
+            str(len(entries)),
+            *(span([entry[side]["kept"] for entry in entries]) for side in ("right", "left")),
+            span([entry["rank"] for entry in entries]),
+        ]
+        for kind, entries in kinds.items()
+    ]
+    left_out = f"Left out, for want of a null space: {', '.join(facts['left_out'])}." if facts["left_out"] else ""
+    return [
+        f"Null directions of each weight: singular values up to {facts['threshold']:g} of its largest, no more than "
+        f"{facts['dim']} a side.",
+        markdown_table(["module", "times", "right", "left", "rank"], rows),
+        *filter(None, [left_out]),
+    ]
+
+
 def model_card(
     folder: Path, card: Mapping[str, Any], *, base_model: str, revision: str | None, ranks: list[int], scale: float
 ) -> str:
     """The whole ``README.md``, front matter for the hub included; ``card`` as ``write_adapter`` takes it."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    null_space = card.get("method", "lora_null") == "lora_null"
     data = ModelCardData(
         # The hub refuses a card whose base is a folder on somebody's disk; the text names it all the same.
         base_model=None if Path(base_model).exists() else base_model,
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=["lora", *(["lora-null", "null-space"] if null_space else []), "nslora_dist"],
+        tags=["lora", *TAGS.get(card.get("method", "lora_null"), []), "nslora_dist"],
     )
     return str(
         ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_card_text(folder, card, base_model, revision, ranks, scale)}")
@@ -98,9 +127,10 @@ def _card_text(
     name = card.get("name") or folder.name
     spread = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     at = f" at revision `{revision}`" if revision else ""
+    formless = card.get("method") in ("lora", "null_lora")
     facts = [
         ("method", METHODS.get(card.get("method", ""), card.get("method"))),
-        ("form", None if card.get("method") == "lora" else FORMS.get(card.get("form", ""), card.get("form"))),
+        ("form", None if formless else FORMS.get(card.get("form", ""), card.get("form"))),
         ("initial A", card.get("a_init")),
         ("A frozen", None if card.get("freeze_a") is None else ("yes" if card["freeze_a"] else "no")),
         ("rank", spread),
@@ -148,6 +178,8 @@ def _card_text(
             "Share of the activations' energy that lies in the chosen null space: 0 would be a true null space.",
             markdown_table(["measured on", "leak"], rows),
         ]
+    if weight_null := card.get("weight_null_space"):
+        parts += ["## Null space of the weights", *weight_null_table(weight_null)]
     if tables := interference_tables(card.get("interference") or {}):
         parts += [
             "## Interference",

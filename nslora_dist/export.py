@@ -5,7 +5,7 @@ Nothing of this project is needed to load it: PEFT, vLLM and merging tools read 
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from nslora_dist import dist
-from nslora_dist.adapter import adapted_linears
+from nslora_dist.adapter import AdaptedLinear, adapted_linears
 from nslora_dist.artifacts import load_tensors, read_json, replace_folder, save_tensors, write_text
 from nslora_dist.card import model_card
 from nslora_dist.engines.base import Engine
 from nslora_dist.errors import UserError
+from nslora_dist.null_lora import NullLoraLinear, confined_factors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -57,22 +58,41 @@ def residual_factors(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> Factors:
     return Factors(torch.cat([a, a0]), torch.cat([b, -b0], dim=1))
 
 
-def gather_factors(engine: Engine, dtype: torch.dtype) -> dict[str, Factors]:
+def gather_factors(
+    engine: Engine, dtype: torch.dtype, *, null_bases: Mapping[str, Tensor] | None = None
+) -> dict[str, Factors]:
     """Every module's factors, gathered one module at a time; collective, and filled on rank 0 alone.
 
     Args:
         engine: holds the adapted model, sharded or not.
         dtype: the one the update was computed in: more digits would claim what no forward pass has seen.
+        null_bases: for Null-LoRA, on rank 0: ``<module>.right`` and ``<module>.left`` in float32. Its factors are
+            projected once more, in float64, and kept in float32: rounded to 8 bits they would leave the null space.
     """
     factors: dict[str, Factors] = {}
     for name, module in adapted_linears(engine.model).items():
         a, b = engine.gather(module.lora_A), engine.gather(module.lora_B)
+        if isinstance(module, NullLoraLinear):
+            if dist.is_main():
+                assert null_bases is not None
+                right, left = null_bases[f"{name}.right"], null_bases[f"{name}.left"]
+                whole_a, whole_b = confined_factors(a.double(), b.double(), right, left)
+                factors[name] = Factors(whole_a.float(), whole_b.float())
+            continue
+        assert isinstance(module, AdaptedLinear)
         a0 = a if module.start_A is None else engine.gather(module.start_A)
         b0 = None if module.start_B is None else engine.gather(module.start_B)
         if dist.is_main():
             made = Factors(a, b) if b0 is None else residual_factors(a, b, a0, b0)
             factors[name] = Factors(made.lora_a.to(dtype), made.lora_b.to(dtype))
     return factors
+
+
+def fitting_targets(targets: Sequence[str], factors: Iterable[str], left_out: Iterable[str]) -> list[str]:
+    """``target_modules`` for PEFT where some modules that a target fits have no factors: their others by full name."""
+    missing = {name.rsplit(".", 1)[1] for name in left_out}
+    whole = [target for target in targets if target not in missing]
+    return whole + [name for name in factors if name.rsplit(".", 1)[1] in missing]
 
 
 def write_adapter(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nslora_dist.adapter import AdaptedLinear
+from nslora_dist.adapter import Adapter
 from nslora_dist.base_model import blocks
 from nslora_dist.errors import UserError
 from nslora_dist.explain import nearest
@@ -55,7 +55,7 @@ def input_groups(model: PreTrainedModel) -> list[InputGroup]:
     hooks = []
     for block_name, block in blocks(model):
         for name, module in block.named_modules():
-            if isinstance(module, AdaptedLinear):
+            if isinstance(module, Adapter):
                 raise AssertionError("groups are found on the base, before adapters are attached")
             if isinstance(module, FrozenLinear):
                 full = f"{block_name}.{name}"
@@ -110,24 +110,3 @@ def target_groups(groups: list[InputGroup], adapter: AdapterSection) -> list[Inp
             )
         chosen.append(InputGroup(modules[0].name, modules))
     return chosen
-
-
-def attach_adapters(
-    model: PreTrainedModel, groups: list[InputGroup], adapter: AdapterSection, dtype: torch.dtype
-) -> None:
-    """Puts an adapted linear, still on the meta device, in the place of every target module."""
-    for group in groups:
-        for shape in group.modules:
-            base = model.get_submodule(shape.name)
-            adapted = AdaptedLinear(
-                base,
-                name=shape.name,
-                in_features=shape.in_features,
-                out_features=shape.out_features,
-                rank=adapter.rank,
-                scale=adapter.scale,
-                freeze_a=adapter.a_is_frozen,
-                residual=adapter.form == "residual",
-                dtype=dtype,
-            )
-            model.set_submodule(shape.name, adapted)

@@ -12,7 +12,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nslora_dist.eigensolver import block_size, check_gram, column_signs, fix_signs, product, smallest_eigenpairs
+from nslora_dist.eigensolver import (
+    Eigenpairs,
+    block_size,
+    check_gram,
+    column_signs,
+    fix_signs,
+    product,
+    smallest_eigenpairs,
+)
 
 _FAST_MIN_WIDTH = 512  # below this a full eigh takes milliseconds
 
@@ -72,18 +80,32 @@ def null_basis(
         raise ValueError(f"unknown solver method {method!r}: choose 'eigh' or 'fast'.")
     if not 0.0 < tolerance < 1.0:
         raise ValueError(f"tolerance {tolerance} is outside (0, 1): 0.1 suits most uses.")
+    found, label = smallest_pairs(gram, rank=rank, method=method, tolerance=tolerance)
+    return NullBasis(fix_signs(found.vectors).float(), found.values, label, found.residual, found.iterations)
+
+
+def smallest_pairs(
+    gram: Tensor, *, rank: int, method: Literal["eigh", "fast"], tolerance: float = 0.1
+) -> tuple[Eigenpairs, str]:
+    """The `rank` smallest eigenpairs in float64 and the method really used, chosen as `null_basis` says.
+
+    Args:
+        gram: (d, d) symmetric positive semi-definite up to rounding, float32 or float64.
+        rank: Pairs wanted, 1 to d.
+        method: "eigh" or "fast".
+        tolerance: Of "fast".
+    """
     label = "eigh"
-    if method == "fast" and d >= max(_FAST_MIN_WIDTH, 10 * block_size(rank)):
+    if method == "fast" and gram.shape[0] >= max(_FAST_MIN_WIDTH, 10 * block_size(rank)):
         found = smallest_eigenpairs(gram, rank=rank, tolerance=tolerance)
         if found is not None:
-            basis = fix_signs(found.vectors).float()
-            return NullBasis(basis, found.values, "fast", found.residual, found.iterations)
+            return found, "fast"
         label = "eigh (fallback)"
     values, vectors = torch.linalg.eigh(gram.double())
-    values, vectors = values[:rank].clone(), fix_signs(vectors[:, :rank])
+    values, vectors = values[:rank].clone(), vectors[:, :rank].clone()
     error = torch.linalg.vector_norm(product(gram, vectors) - vectors * values)
     norm = torch.linalg.vector_norm(gram, dtype=torch.float64)
-    return NullBasis(vectors.float(), values, label, float(error / norm) if norm > 0 else 0.0, 0)
+    return Eigenpairs(vectors, values, 0, float(error / norm) if norm > 0 else 0.0), label
 
 
 def projected_init(weight: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:

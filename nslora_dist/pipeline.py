@@ -2,7 +2,6 @@
 
 import logging
 import time
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -10,26 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nslora_dist import artifacts, dist
-from nslora_dist.adapter import AdaptedLinear, adapted_linears
+from nslora_dist.arm_job import final_interference, make_job
 from nslora_dist.arms import FinishedArm, evaluation_hash
 from nslora_dist.base_config import load_config
 from nslora_dist.base_files import Checkpoint, locate
-from nslora_dist.base_model import build_empty, torch_dtype
-from nslora_dist.base_weights import fill_unit
+from nslora_dist.base_model import build_empty
 from nslora_dist.calibration import store
 from nslora_dist.calibration.run import Calibration
 from nslora_dist.calibration.store import NullSpace
-from nslora_dist.calibration_data import CalibrationTexts, calibration_texts
+from nslora_dist.calibration.weights import WeightNullSpace, reuse_or_make
+from nslora_dist.calibration_data import calibration_texts
 from nslora_dist.data import TrainingData, load_tokenizer
 from nslora_dist.engines import Engine, start_engine
-from nslora_dist.engines.base import Job, adapter_dtype
+from nslora_dist.engines.base import Job
 from nslora_dist.errors import UserError
-from nslora_dist.evaluate import EvaluationSets, evaluate, forward_interference, live_interference, summarise
-from nslora_dist.export import gather_factors, write_adapter
-from nslora_dist.input_groups import InputGroup, attach_adapters, input_groups, target_groups
+from nslora_dist.evaluate import EvaluationSets, evaluate, summarise
+from nslora_dist.export_arm import export
+from nslora_dist.input_groups import InputGroup, input_groups, target_groups
 from nslora_dist.plan.check import check
 from nslora_dist.plan.shapes import shapes_of
 from nslora_dist.recipe import Recipe
@@ -113,13 +112,40 @@ class Run:
                     store.save(folder, null_space)
         return null_space
 
+    def weight_null_space(self, arm: Recipe) -> WeightNullSpace | None:
+        """The weights' null spaces for an arm of Null-LoRA, from disk where they fit; None for other methods.
+
+        Raises:
+            UserError: no target weight has a null space at the arm's threshold.
+        """
+        if arm.adapter.method != "null_lora":
+            return None
+        with self.phase("null spaces of the weights"):
+            found = reuse_or_make(
+                self.folder,
+                self.checkpoint,
+                arm,
+                self._groups(arm),
+                model=lambda: build_empty(arm.base_model, self.config),
+                fingerprint=self._fingerprint,
+                device=self.device,
+            )
+        left_out = found.left_out(arm.adapter.rank)
+        if left_out:
+            log.info("null_lora: no null space at threshold %g, left out: %s", arm.adapter.null_threshold, left_out)
+        return found
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """The base's, the same on every rank."""
+        return str(dist.share(self.checkpoint.fingerprint() if dist.is_main() else None))
+
     @cached_property
     def _null_space_key(self) -> dict[str, Any]:
         """What the null space depends on, and one hash over it: a run with the same hash reuses it."""
         adapter = self.recipe.adapter
-        fingerprint = dist.share(self.checkpoint.fingerprint() if dist.is_main() else None)
         hashes = {
-            "base": fingerprint,
+            "base": self._fingerprint,
             "data": {text.name: {"hash": text.hash, "weight": text.weight} for text in self.texts},
             "settings": artifacts.hash_json(
                 {
@@ -153,6 +179,9 @@ class Run:
             self._check_room(arm, "load", "train", "export")
         claim_folder(recipe)
         null_space = self.null_space() if recipe.adapter.method == "lora_null" else None
+        arms = {recipe.arm_name: recipe, **baselines}
+        # Before any training too: a threshold that leaves no null space is the user's to mend.
+        weights = {name: found for name, arm in arms.items() if (found := self.weight_null_space(arm)) is not None}
         report: dict[str, Any] = {
             "recipe": recipe.model_dump(mode="json"),
             "engine": recipe.engine.name,
@@ -162,6 +191,7 @@ class Run:
             "interference_by_arm": {},
             "leak": None if null_space is None else null_space.leak(),
             "spectra": _spectra(null_space),
+            "weight_null_space": {name: found.facts(arms[name].adapter.rank) for name, found in weights.items()},
             "data": {
                 "samples": data.samples,
                 "tokens": data.tokens,
@@ -171,11 +201,13 @@ class Run:
             },
         }
         hashes = self._null_space_key["hashes"] | {"rows": data.hash, "evaluation": evaluation_hash(sets)}
-        figures = self._arm(recipe, recipe.arm_name, null_space, data, sets, report, hashes)
+        start: NullSpace | WeightNullSpace | None = weights.get(recipe.arm_name, null_space)
+        figures = self._arm(recipe, recipe.arm_name, start, data, sets, report, hashes)
         report |= {key: figures[key] for key in ("losses", "grad_norms", "tokens_per_second")}
         for name, arm in baselines.items():
             arm_data = data if arm.train == recipe.train else TrainingData.load(arm.data, arm.train, self.tokenizer)
-            self._arm(arm, name, null_space if _fits(arm, recipe) else None, arm_data, sets, report, hashes)
+            start = weights.get(name, null_space if _fits(arm, recipe) else None)
+            self._arm(arm, name, start, arm_data, sets, report, hashes)
         memory = torch.tensor([peak_memory()], dtype=torch.int64, device=self.device)
         if dist.world_size() > 1:
             torch.distributed.all_reduce(memory, op=torch.distributed.ReduceOp.MAX)
@@ -189,7 +221,7 @@ class Run:
         self,
         arm: Recipe,
         name: str,
-        null_space: NullSpace | None,
+        null_space: NullSpace | WeightNullSpace | None,
         data: TrainingData,
         sets: EvaluationSets,
         report: dict[str, Any],
@@ -214,7 +246,7 @@ class Run:
             report |= {"interference": figures["interference"], "adapter": str(folder)}
         if engine is not None:
             with self.phase("export"):
-                export(engine, arm, folder, report, texts=self.texts, evaluated=name)
+                export(engine, arm, folder, report, texts=self.texts, evaluated=name, null_space=null_space)
             engine.close()
             finished.write(figures | {"seconds": self.seconds})
         else:
@@ -226,14 +258,14 @@ class Run:
         self,
         arm: Recipe,
         name: str,
-        null_space: NullSpace | None,
+        null_space: NullSpace | WeightNullSpace | None,
         data: TrainingData,
         sets: EvaluationSets,
         report: dict[str, Any],
     ) -> tuple[Engine, dict[str, Any]]:
         """Loads, trains and measures; the adapter is still in the engine."""
         with self.phase("load"):
-            engine = start_engine(self._job(arm, null_space), arm)
+            engine = start_engine(self.job(arm, null_space), arm)
         base = report["evaluation"].get("base")
         if base is None:
             # Every adapter starts as the base's own function, so the first arm's engine stands for the base.
@@ -245,7 +277,7 @@ class Run:
             )
         with self.phase("evaluation"):
             scores = evaluate(engine, sets, device=self.device) | {"learning_rate": arm.train.learning_rate}
-            interference = summarise(self._interference(engine, data, arm), self.texts)
+            interference = summarise(self.interference(engine, data), self.texts)
         return engine, {
             "base": base,
             "scores": scores,
@@ -255,79 +287,15 @@ class Run:
             "tokens_per_second": trained.tokens_per_second,
         }
 
-    def _interference(self, engine: Engine, data: TrainingData, arm: Recipe) -> dict[str, dict[str, Tensor]]:
-        """Of the final adapter: from r × r matrices where A is frozen, else by a forward pass over all texts."""
-        modules = adapted_linears(engine.model).values()
-        if not all(module.update_grams for module in modules):
-            return forward_interference(
-                engine, self.texts, batch_size=self.recipe.calibration.batch_size, device=self.device
-            )
-        for module in modules:
-            module.measure = True
-        engine.matches(data.micro_batches(0, rank=dist.rank(), world_size=dist.world_size())[0].to(self.device))
-        for module in modules:
-            module.measure = False
-        return live_interference(engine)
+    def interference(self, engine: Engine, data: TrainingData) -> dict[str, dict[str, Tensor]]:
+        """Source or probe → module → ‖ΔW X‖ / ‖W X‖ of the adapter as it is now."""
+        return final_interference(
+            engine, data, self.texts, batch_size=self.recipe.calibration.batch_size, device=self.device
+        )
 
-    def _job(self, arm: Recipe, null_space: NullSpace | None) -> Job:
+    def job(self, arm: Recipe, null_space: NullSpace | WeightNullSpace | None) -> Job:
         """The arm's model on the meta device, and how its units are filled."""
-        model = build_empty(arm.base_model, self.config)
-        attach_adapters(model, self._groups(arm), arm.adapter, adapter_dtype(arm, torch_dtype(arm.base_model)))
-
-        def fill(unit: nn.Module, name: str) -> None:
-            fill_unit(unit, name, self.checkpoint, device=self.device)
-            adapted = adapted_linears(unit)
-            if null_space is None:
-                for module in adapted.values():
-                    module.fill(random_a(module, seed=arm.train.seed), None, device=self.device)
-                return
-            for target, start in null_space.starts(adapted, device=self.device):
-                module = adapted[target]
-                module.fill(start.a, start.b, device=self.device)
-                if module.a_is_frozen:
-                    module.update_grams, module.references = start.update_grams, start.references
-
-        return Job(model=model, fill=fill, device=self.device)
-
-
-def random_a(module: AdaptedLinear, *, seed: int) -> Tensor:
-    """Plain LoRA's A, (r, d_in) uniform in ±1/√d_in (Kaiming with a = √5): the same on every rank and engine."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{module.name}".encode()))
-    bound = module.lora_A.shape[1] ** -0.5
-    return (torch.rand(module.lora_A.shape, generator=generator) * 2 - 1) * bound
-
-
-def export(
-    engine: Engine, arm: Recipe, folder: Path, report: dict[str, Any], *, texts: list[CalibrationTexts], evaluated: str
-) -> None:
-    """Gathers the adapter module by module and writes it in PEFT's format on the original base."""
-    factors = gather_factors(engine, torch_dtype(arm.base_model))
-    adapter, section = arm.adapter, arm.calibration
-    described = {t.name: {"sequences": len(t.calibration), "tokens": sum(map(len, t.calibration))} for t in texts}
-    card = {
-        "name": f"{arm.name} ({evaluated})",
-        "method": adapter.method,
-        "form": adapter.form,
-        "a_init": adapter.a_init if adapter.method == "lora_null" else "random",
-        "freeze_a": adapter.a_is_frozen,
-        "quantization": arm.base_model.quantization,
-        "sources": {n: described[n] | {"path": s.path, "weight": s.weight} for n, s in section.sources.items()},
-        "probes": {n: described[n] | {"path": s.path} for n, s in section.probes.items()},
-        "leak": report["leak"] if adapter.method == "lora_null" else None,
-        "interference": report["interference_by_arm"][evaluated],
-        "evaluation": {n: report["evaluation"][n] for n in ("base", evaluated)},
-    }
-    with dist.together("writing the adapter"):
-        if dist.is_main():
-            write_adapter(
-                folder,
-                factors,
-                scale=adapter.scale,
-                base_model=arm.base_model.path,
-                revision=arm.base_model.revision,
-                target_modules=adapter.target_modules,
-                card=card,
-            )
+        return make_job(arm, self.config, self.checkpoint, self._groups(arm), null_space, device=self.device)
 
 
 def _fits(arm: Recipe, recipe: Recipe) -> bool:
@@ -364,9 +332,14 @@ def run_training(recipe: Recipe, device: torch.device) -> None:
 
 
 def run_calibration(recipe: Recipe, device: torch.device) -> None:
-    """``launch/calibrate.py``: writes ``null_space/`` and stops."""
+    """``launch/calibrate.py``: writes ``null_space/``, for Null-LoRA ``weight_null_space/``, and stops."""
     run = Run(recipe, device)
     claim_folder(recipe)
+    if recipe.adapter.method == "null_lora":
+        run.weight_null_space(recipe)
+        if dist.is_main():
+            print(f"null spaces of the weights: {run.folder / 'weight_null_space'}")
+        return
     leak = run.null_space().leak()
     if dist.is_main():
         print(f"null space: {run.folder / 'null_space'}; leak {leak}")

@@ -14,7 +14,15 @@ from nslora_dist.explain import explain
 from nslora_dist.zero_file import read_zero_config
 
 LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ARM_NAMES = {"lora_null": "null_space", "lora": "lora"}
+ARM_NAMES = {"lora_null": "null_space", "lora": "lora", "null_lora": "null_lora"}
+NULL_DIM = 256
+"""Most null directions of a weight kept a side: four times a rank of 64, of the 20,480 that a 70B down_proj has."""
+NULL_THRESHOLD = 0.1
+"""σ / σ_max up to which a direction of a weight counts as null: it passes 1% of the energy that the strongest does.
+
+The short side of a trained rectangular matrix is well-conditioned: in ``recipes/tiny/base`` no more than 0 to 5
+directions of gate, up, down, k and v have σ ≤ 0.05 σ_max, and 8 to 80 have σ ≤ 0.1 σ_max.
+"""
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -95,16 +103,19 @@ class AdapterSection(Section):
 
     ``lora_null`` in ``delta`` form trains B from zero on the untouched base with A frozen (METHODS.md §1a);
     in ``residual`` form it is LoRA-Null v1 (``freeze_a: false``) or v2 (``freeze_a: true``) of the paper;
-    ``lora`` is plain LoRA, with ``freeze_a: true`` the frozen-random-A baseline.
+    ``lora`` is plain LoRA, with ``freeze_a: true`` the frozen-random-A baseline;
+    ``null_lora`` freezes one half of A and of B and keeps ΔW in the null space of the weights (METHODS.md §2).
     """
 
-    method: Literal["lora_null", "lora"] = "lora_null"
+    method: Literal["lora_null", "lora", "null_lora"] = "lora_null"
     form: Literal["delta", "residual"] = "delta"
     rank: Count
     alpha: Positive | None = None
     target_modules: Names = LINEAR_TARGETS
     freeze_a: bool | None = None
     a_init: Literal["projected", "orthonormal"] = "projected"
+    null_dim: Count = NULL_DIM
+    null_threshold: Annotated[float, Field(ge=1e-6, lt=1.0)] = NULL_THRESHOLD
 
     @property
     def scale(self) -> float:
@@ -126,6 +137,27 @@ class AdapterSection(Section):
             )
         if self.form == "residual" and self.a_init == "orthonormal":
             raise ValueError("form 'residual' starts from B0 A0 = W U Uᵀ and needs a_init: projected")
+        return self
+
+    @model_validator(mode="after")
+    def _null_lora(self) -> "AdapterSection":
+        if self.method != "null_lora":
+            for key, default in (("null_dim", NULL_DIM), ("null_threshold", NULL_THRESHOLD)):
+                if getattr(self, key) != default:
+                    raise ValueError(f"{key} is for method 'null_lora': leave it out, or set method: null_lora")
+            return self
+        if self.form == "residual" or self.a_init == "orthonormal" or self.freeze_a is not None:
+            raise ValueError(
+                "method 'null_lora' freezes one half of A and of B and trains the other from zero: "
+                "leave form, a_init and freeze_a out"
+            )
+        if self.rank % 2:
+            raise ValueError(
+                f"method 'null_lora' halves the rank, and {self.rank} is odd: use rank: {self.rank + 1} "
+                f"for the parameters of a LoRA of rank {(self.rank + 1) // 2}"
+            )
+        if self.null_dim < self.rank:
+            raise ValueError(f"null_dim {self.null_dim} leaves no room for rank {self.rank}: set null_dim: {self.rank}")
         return self
 
 
@@ -278,7 +310,7 @@ class Recipe(Section):
         changes = self.evaluation.baselines[baseline]
         tree = self.model_dump(exclude={"evaluation": {"baselines"}})
         if changes.adapter.get("method", self.adapter.method) != self.adapter.method:
-            for key in ("form", "freeze_a", "a_init"):  # these say how the *other* method starts
+            for key in ("form", "freeze_a", "a_init", "null_dim", "null_threshold"):  # the *other* method's own
                 del tree["adapter"][key]
         tree["adapter"] |= changes.adapter
         tree["train"] |= changes.train

@@ -18,12 +18,14 @@ from nslora_dist.card import (
     number,
     ordered_arms,
     percent,
+    weight_null_table,
 )
 from nslora_dist.plots import CAPTIONS, draw_plots, interference_by_arm, log_spaced, own_arm
 
 WRITTEN = (
     ("adapter", "adapter"),
     ("null space", "null_space"),
+    ("weights' null space", "weight_null_space"),
     ("recipe", "recipe.yaml"),
     ("report", "report.md"),
     ("report, JSON", "report.json"),
@@ -102,7 +104,8 @@ def write_report(run: Path, report: Mapping[str, Any]) -> None:
             ``evaluation`` ({arm: {adaptation, retention, retention_by, learning_rate?}}), ``interference`` ({max, mean,
             per_module, by_source, by_probe}) and ``interference_by_arm``, ``leak`` ({calibration, heldout, random}),
             ``seconds`` (by phase), ``tokens_per_second``, ``peak_memory_bytes``, ``adapter`` (path), ``data`` (counts),
-            ``spectra`` ({group: {eigenvalues ascending, rank, index?, size?, modules?}}).
+            ``spectra`` ({group: {eigenvalues ascending, rank, index?, size?, modules?}}), ``weight_null_space`` ({arm:
+            {threshold, dim, left_out, modules}}, as ``WeightNullSpace.facts``).
     """
     run.mkdir(parents=True, exist_ok=True)
     clean = _strict(report)
@@ -135,7 +138,7 @@ def summary_table(report: Mapping[str, Any]) -> str:
 def written_paths(run: Path) -> str:
     """One line for each thing that the run has written: what it is, and its path."""
     found = [(what, run / name) for what, name in WRITTEN if (run / name).exists()]
-    return "\n".join(f"{what:<12} {path}" for what, path in found)
+    return "\n".join(f"{what:<19} {path}" for what, path in found)
 
 
 def _strict(value: Any) -> Any:
@@ -214,6 +217,8 @@ def _markdown(report: Mapping[str, Any], drawn: Sequence[str]) -> str:
         parts += ["## Null space", "Share of the activations' energy that lies in the chosen null space (leak):"]
         parts += [markdown_table(["calibration texts", "held-out texts", "a random basis"], rows)]
     parts += [f"![{CAPTIONS[name]}](plots/{name}.png)" for name in drawn if name == "spectrum"]
+    for arm, facts in (report.get("weight_null_space") or {}).items():
+        parts += [f"## Null space of the weights, {arm_label(arm)}", *weight_null_table(facts)]
     parts += ["## Run", _run_table(report)]
     parts += [f"![{CAPTIONS[name]}](plots/{name}.png)" for name in drawn if name == "loss"]
     return "\n\n".join(parts) + "\n"

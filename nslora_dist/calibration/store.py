@@ -15,7 +15,7 @@ Keeping M instead of A₀ costs r × r a module where A₀ would cost r × d_in.
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from torch import Tensor
 from nslora_dist import artifacts, dist
 from nslora_dist.errors import UserError
 
-FILE = "null_space.safetensors"
 MIXTURE = "calibration"
 """Name under which the weighted mixture of all sources is measured, beside each source and probe of its own."""
 
@@ -46,11 +45,30 @@ class ModuleStart:
 
 
 @dataclass(frozen=True)
-class NullSpace:
-    """A calibrated null space. ``tensors`` is filled on rank 0 alone; the manifest is known everywhere."""
+class Stored:
+    """Null spaces as they are kept. ``tensors`` is filled on rank 0 alone; the manifest is known everywhere."""
 
+    FILE: ClassVar[str]
     manifest: dict[str, Any]
     tensors: Mapping[str, Tensor]
+
+    def send(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """One float32 tensor from rank 0 on every rank: call it on all of them, in the same order."""
+        if dist.is_main():
+            value = self.tensors[name].to(device)
+        else:
+            value = torch.empty(shape, dtype=torch.float32, device=device)
+        return dist.broadcast(value.contiguous())
+
+
+S = TypeVar("S", bound=Stored)
+
+
+@dataclass(frozen=True)
+class NullSpace(Stored):
+    """A calibrated null space."""
+
+    FILE = "null_space.safetensors"
 
     def starts(self, modules: Iterable[str], *, device: torch.device) -> Iterator[tuple[str, ModuleStart]]:
         """Each module's start, sent from rank 0 to every rank: call it on all of them, in the same order.
@@ -64,13 +82,12 @@ class NullSpace:
             group = entry["group"]
             if group != last:
                 last, width = group, self.manifest["groups"][group]["in_features"]
-                basis = self._send(f"{group}.basis", (width, rank), device)
+                basis = self.send(f"{group}.basis", (width, rank), device)
                 small = {
-                    name: self._send(f"{group}.update_gram.{name}", (rank, rank), device)
-                    for name in entry["references"]
+                    name: self.send(f"{group}.update_gram.{name}", (rank, rank), device) for name in entry["references"]
                 }
-            mix = self._send(f"{module}.mix", (rank, rank), device) if entry["mixed"] else None
-            b = self._send(f"{module}.start_B", (entry["out_features"], rank), device) if entry["has_start_b"] else None
+            mix = self.send(f"{module}.mix", (rank, rank), device) if entry["mixed"] else None
+            b = self.send(f"{module}.start_B", (entry["out_features"], rank), device) if entry["has_start_b"] else None
             yield (
                 module,
                 ModuleStart(
@@ -80,13 +97,6 @@ class NullSpace:
                     references=dict(entry["references"]),
                 ),
             )
-
-    def _send(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        if dist.is_main():
-            value = self.tensors[name].to(device)
-        else:
-            value = torch.empty(shape, dtype=torch.float32, device=device)
-        return dist.broadcast(value.contiguous())
 
     def leak(self) -> dict[str, float | None]:
         """Mean over groups of the leak on calibration and on held-out tokens, and of a random basis's."""
@@ -98,36 +108,36 @@ class NullSpace:
         return leaks
 
 
-def save(folder: Path, null_space: NullSpace) -> None:
+def save(folder: Path, stored: Stored) -> None:
     """Writes the artifact, whole or not at all; on rank 0."""
     with artifacts.replace_folder(folder) as fresh:
-        artifacts.save_tensors(fresh / FILE, null_space.tensors)
-        artifacts.write_manifest(fresh, null_space.manifest)
+        artifacts.save_tensors(fresh / stored.FILE, stored.tensors)
+        artifacts.write_manifest(fresh, stored.manifest)
 
 
-def load(folder: Path) -> NullSpace:
+def load(folder: Path, kind: type[S] = NullSpace) -> S:  # type: ignore[assignment]
     """Reads and verifies the artifact; on rank 0.
 
     Raises:
         UserError: a file is missing, damaged or not as the manifest says.
     """
     manifest = artifacts.read_manifest(folder)
-    return NullSpace(manifest=manifest, tensors=artifacts.load_tensors(folder / FILE))
+    return kind(manifest=manifest, tensors=artifacts.load_tensors(folder / kind.FILE))
 
 
-def reusable(folder: Path, key: str) -> NullSpace | None:
+def reusable(folder: Path, key: str, kind: type[S] = NullSpace) -> S | None:  # type: ignore[assignment]
     """The null space in ``folder`` where it was made from the same base, data and settings; on every rank.
 
     A damaged one is an error and not silently recomputed, for it may be somebody's only copy.
     """
-    found: NullSpace | None = None
+    found: S | None = None
     with dist.together("reading the null space"):
         if dist.is_main() and (folder / "manifest.json").is_file():
-            candidate = load(folder)
+            candidate = load(folder, kind)
             if "key" not in candidate.manifest:
                 raise UserError(f"{folder}: its manifest.json is not a null space's; give another output_dir")
             found = candidate if candidate.manifest["key"] == key else None
-    manifest = dist.share(found.manifest if found is not None else None)
+    manifest: Any = dist.share(found.manifest if found is not None else None)
     if manifest is None:
         return None
-    return found if found is not None else NullSpace(manifest=manifest, tensors={})  # type: ignore[arg-type]
+    return found if found is not None else kind(manifest=manifest, tensors={})

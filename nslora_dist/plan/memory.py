@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from nslora_dist.eigensolver import block_size
 from nslora_dist.linear import HEAD_CHUNK_BYTES
 from nslora_dist.plan import zero3
-from nslora_dist.plan.shapes import Group, Linear, Shapes
+from nslora_dist.plan.shapes import Group, Linear, Shapes, is_null_basis
 from nslora_dist.plan.traffic import FLOAT32, FLOAT64, Texts, fsdp2_gather, fsdp2_units, padded, padded_rows
 
 INT64 = 8
@@ -123,7 +123,8 @@ def saved(shapes: Shapes, batch: Batch, *, attention: str, checkpointing: bool, 
 
     With checkpointing a block keeps its input and the generator's state. Always: the final norm, the head's input
     gradient (made in forward, ``_HeadLoss``) with the index of its tokens, cos and sin of the rotation, the mask, and
-    on engines that hold adapters wider than they compute, their narrow copies (FSDP2 gathers them narrow already).
+    on engines that hold adapters wider than they compute, their narrow copies (FSDP2 gathers them narrow already);
+    Null-LoRA's factors of the whole rank, which it makes anew in every forward pass from what it trains.
     """
     c, h = shapes.compute, shapes.hidden
     labelled = batch.supervised * batch.rows * (batch.length - 1)
@@ -144,7 +145,9 @@ def saved(shapes: Shapes, batch: Batch, *, attention: str, checkpointing: bool, 
         "rotation and mask": float(2 * c * shapes.head_dim * batch.length)
         + (batch.tokens * batch.length if batch.masked else 0),
     }
-    if engine == "single" and shapes.adapter.item != c and not checkpointing:
+    if shapes.adapter.null_lora and not checkpointing:
+        parts["composed factors"] = 2.0 * c * sum(p.numel for p in shapes.trained)
+    elif engine == "single" and shapes.adapter.item != c and not checkpointing:
         parts["narrow adapters"] = float(sum(p.numel for u in shapes.units for p in u.params if "lora_" in p.name) * c)
     return parts
 
@@ -285,8 +288,13 @@ def calibration(
 
 
 def null_space_bytes(shapes: Shapes, texts: Texts) -> float:
-    """Float32 bytes of ``null_space.safetensors``, and what rank 0 holds of it in host memory (``store``)."""
+    """Float32 bytes of ``null_space.safetensors``, and what rank 0 holds of it in host memory (``store``).
+
+    Of Null-LoRA: of ``weight_null_space.safetensors``, at most, with ``null_dim`` directions on every side.
+    """
     adapter = shapes.adapter
+    if adapter.null_lora:
+        return float(FLOAT32 * sum(p.numel for p in shapes.params if is_null_basis(p.name)))
     if not adapter.null_space:
         return 0.0
     rank, total = adapter.rank, 0
@@ -298,6 +306,11 @@ def null_space_bytes(shapes: Shapes, texts: Texts) -> float:
 
 
 def adapter_bytes(shapes: Shapes) -> float:
-    """Bytes of ``adapter_model.safetensors``: A and B in the compute dtype, of rank 2r in residual form."""
+    """Bytes of ``adapter_model.safetensors``: A and B in the compute dtype, of rank 2r in residual form.
+
+    Null-LoRA trains half of each and exports both halves in float32.
+    """
     numel = sum(p.numel for p in shapes.params if p.name.endswith(("lora_A", "lora_B")))
+    if shapes.adapter.null_lora:
+        return float(2 * FLOAT32 * numel)
     return float(numel * shapes.compute * (2 if shapes.adapter.residual else 1))

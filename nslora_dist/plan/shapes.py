@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from nslora_dist.attach import attach_adapters
 from nslora_dist.base_config import planning_config
 from nslora_dist.base_model import blocks, build_empty, torch_dtype, units
 from nslora_dist.engines.base import adapter_dtype
 from nslora_dist.frozen import FrozenLinear
-from nslora_dist.input_groups import attach_adapters, input_groups, target_groups
+from nslora_dist.input_groups import input_groups, target_groups
 from nslora_dist.nf4 import BLOCK as NF4_BLOCK
 from nslora_dist.recipe import Recipe
 
@@ -90,6 +91,7 @@ class Adapter:
     projected: bool
     null_space: bool
     item: int
+    null_lora: bool = False
 
     @property
     def keeps_start_a(self) -> bool:
@@ -189,7 +191,12 @@ class Shapes:
 
 def is_adapter(name: str) -> bool:
     """Whether a parameter belongs to an adapter and not to the base."""
-    return name.rsplit(".", 1)[-1] in ("lora_A", "lora_B", "start_A", "start_B")
+    return name.rsplit(".", 1)[-1] in ("lora_A", "lora_B", "start_A", "start_B") or is_null_basis(name)
+
+
+def is_null_basis(name: str) -> bool:
+    """Whether a parameter is one of Null-LoRA's bases, which stay in training and are no part of an export."""
+    return name.rsplit(".", 1)[-1] in ("null_in", "null_out")
 
 
 def shapes_of(recipe: Recipe, config: PreTrainedConfig | None = None) -> Shapes:
@@ -239,6 +246,7 @@ def shapes_of(recipe: Recipe, config: PreTrainedConfig | None = None) -> Shapes:
             projected=section.a_init == "projected",
             null_space=section.method == "lora_null",
             item=held.itemsize,
+            null_lora=section.method == "null_lora",
         ),
         layers=layers,
         hidden=int(config.hidden_size),

@@ -3,6 +3,7 @@
 from nslora_dist.plan import memory
 from nslora_dist.plan.advice import advise, changed, largest_micro_batch
 from nslora_dist.plan.phases import Phase, Plan, gb, make_plan
+from nslora_dist.plan.shapes import Shapes
 
 
 def describe(plan: Plan) -> str:
@@ -38,12 +39,24 @@ def describe(plan: Plan) -> str:
         + (f", {_time(plan.steps * plan.phase('train').seconds)} for {plan.steps} steps" if plan.steps else ""),
         f"on disk: null space {gb(memory.null_space_bytes(shapes, _texts(plan)))}, "
         f"adapter {gb(memory.adapter_bytes(shapes))}",
+        *_unplanned(shapes),
         "",
         "Assumed (every line is a flag, - for _; bytes, bytes/s, FLOP/s, seconds; 0: not known, not checked):",
         *(f"  {line}" for line in cluster.assumptions()),
         "Every row of training and calibration counts at its full length. Sent: ring algorithms; as much is received.",
     ]
     return "\n".join(lines)
+
+
+def _unplanned(shapes: Shapes) -> list[str]:
+    """What a plan of Null-LoRA leaves out."""
+    if not shapes.adapter.null_lora:
+        return []
+    return [
+        "null_lora: counted with null_dim directions a side and the whole rank in every module, which weights may not",
+        "have; not counted: the pass that decomposes them (a block's weights and two float64 Gram matrices at a time),",
+        "and its result in rank 0's host memory for the whole run",
+    ]
 
 
 def _faster(plan: Plan, rows: int) -> list[str]:

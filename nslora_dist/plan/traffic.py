@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from nslora_dist.calibration.solve import SPECTRUM_WIDTH
 from nslora_dist.nf4 import BLOCK as NF4_BLOCK
-from nslora_dist.plan.shapes import Param, Shapes, Unit, is_adapter
+from nslora_dist.plan.shapes import Param, Shapes, Unit, is_adapter, is_null_basis
 from nslora_dist.recipe import Recipe
 
 FLOAT32, FLOAT64 = 4, 8
@@ -243,6 +243,8 @@ def export(shapes: Shapes, world_size: int, engine: str, *, resident: int = 0) -
         return []
     found = []
     for param in shapes.params:
+        if is_null_basis(param.name):
+            continue
         if is_adapter(param.name) and (param.trained or param.numel > resident):
             rows = padded_rows(param, world_size) if engine == "fsdp2" else padded(param.numel, world_size)
             found.append(Traffic("all_gather", 1, rows * (FLOAT32 if param.trained else param.itemsize)))

@@ -122,7 +122,7 @@ def measure_traffic(recipe: Recipe) -> dict[str, Any]:
         space = run.null_space()
         found["calibrate"] = counter.take()
         data = TrainingData.load(recipe.data, recipe.train, run.tokenizer)
-        engine = start_engine(run._job(recipe, space), recipe)
+        engine = start_engine(run.job(recipe, space), recipe)
         found["load"] = counter.take()
         for step in range(3):
             batches = data.micro_batches(step, rank=dist.rank(), world_size=dist.world_size())
@@ -303,7 +303,7 @@ def measure_memory(recipe: Recipe) -> dict[str, Any]:
     batches = data.micro_batches(0, rank=dist.rank(), world_size=dist.world_size())
     gc.collect()
     before = storages()
-    engine = start_engine(run._job(recipe, space), recipe)
+    engine = start_engine(run.job(recipe, space), recipe)
 
     def held() -> int:
         gc.collect()

@@ -48,6 +48,7 @@ V1 = {"form": "residual", "freeze_a": False}
 V2 = {"form": "residual"}
 BF16 = {"dtype": "bfloat16"}
 NF4 = {"quantization": "nf4"}
+NULL_LORA = {"method": "null_lora", "null_dim": 16, "null_threshold": 0.3}  # leaves ranks 8, 4 and 2 of 8
 
 CASES: dict[str, Case] = {
     "delta": _case(adapter=ALPHA),
@@ -67,6 +68,11 @@ CASES: dict[str, Case] = {
     "v2_nf4_bf16": _case(3, adapter=V2, base_model=BF16 | NF4),
     "biases_tied": _case(3, base="qwen25_tied_window"),
     "biases": _case(3, base="qwen2", keep_small=True),
+    "null_lora": _case(6, adapter=ALPHA | NULL_LORA, train={"activation_checkpointing": True}),
+    # At 0.23 some weights have no null space, and their modules are left out.
+    "null_lora_nf4": _case(6, adapter=NULL_LORA | {"null_threshold": 0.23}, base_model=NF4),
+    "null_lora_bf16": _case(3, adapter=NULL_LORA, base_model=BF16),
+    "null_lora_nf4_bf16": _case(3, adapter=NULL_LORA, base_model=BF16 | NF4),
 }
 
 
@@ -79,7 +85,7 @@ class Found:
         norms: gradient norm before clipping, one per step.
         before: every frozen parameter's bytes by name, before training.
         changed: frozen parameters whose bytes training changed.
-        factors: "A", "B", and in residual form "A0", "B0", by module, as gathered.
+        factors: "A", "B", in residual form "A0", "B0", of Null-LoRA "V", "U", by module, as gathered.
         scale: alpha / rank.
         live: name → module → interference as the pipeline reports it.
         forward: the same by a forward pass.
@@ -136,6 +142,7 @@ def _settings(engine: str, world: Path, case: Case) -> dict[str, Any]:
 def _run_case(engine: str, case: Case, world: Path, output: Path, space: Path) -> Found:
     changes = case.changes | {"engine": _settings(engine, world, case)}
     changes["train"] = case.changes["train"] | {"max_steps": case.steps}
+    changes["calibration"] = {"solver": {"placement": "spread" if engine == "zero3" else "rank0"}}
     recipe = make_recipe(world, world / case.base, output, **changes)
     own = engine == "single" and space.parent == output
     with started(recipe, null_space=None if own else space) as stage:
@@ -148,8 +155,8 @@ def _run_case(engine: str, case: Case, world: Path, output: Path, space: Path) -
         forward = forward_interference(stage.engine, stage.run.texts, batch_size=3, device=stage.run.device)
         factors = {}
         for name, module in adapted_linears(stage.engine.model).items():
-            parts = {"A": module.lora_A, "B": module.lora_B, "A0": module.start_A, "B0": module.start_B}
-            factors[name] = {key: stage.engine.gather(value) for key, value in parts.items() if value is not None}
+            found = {key: getattr(module, value, None) for key, value in PARTS.items()}
+            factors[name] = {key: stage.engine.gather(value) for key, value in found.items() if value is not None}
         return Found(
             losses=trained.losses,
             norms=trained.grad_norms,
@@ -167,6 +174,9 @@ def _run_case(engine: str, case: Case, world: Path, output: Path, space: Path) -
         )
 
 
+PARTS = {"A": "lora_A", "B": "lora_B", "A0": "start_A", "B0": "start_B", "V": "null_in", "U": "null_out"}
+
+
 def _numbers(found: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, float]]:
     return {name: {module: float(value) for module, value in values.items()} for name, values in found.items()}
 
@@ -174,6 +184,12 @@ def _numbers(found: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, float]]
 def dense_update(parts: dict[str, Tensor], scale: float) -> Tensor:
     """ΔW in float64."""
     parts = {key: value.double() for key, value in parts.items()}
+    if "V" in parts:
+        half, (d_out, d_in) = len(parts["A"]), (len(parts["U"]), len(parts["V"]))
+        confined = parts["U"] @ (parts["U"].T @ parts["B"]), parts["A"] @ parts["V"] @ parts["V"].T
+        fourth = (d_in / d_out) ** 0.25
+        first = confined[0] @ (fourth * parts["V"][:, :half].T)
+        return scale * (first + parts["U"][:, :half] / fourth @ confined[1])
     update = parts["B"] @ parts["A"]
     if "B0" in parts:
         update = update - parts["B0"] @ parts.get("A0", parts["A"])

@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from nslora_dist import dist
 from nslora_dist.calibration import store
 from nslora_dist.calibration.store import NullSpace
+from nslora_dist.calibration.weights import WeightNullSpace
 from nslora_dist.data import Batch, TrainingData
 from nslora_dist.engines import Engine, start_engine
+from nslora_dist.export_arm import export
 from nslora_dist.frozen import FrozenLinear
-from nslora_dist.pipeline import Run, export
+from nslora_dist.pipeline import Run
 from nslora_dist.recipe import Recipe
 from nslora_dist.report import Scalars
 from nslora_dist.trainer import Trained, train
@@ -32,6 +34,7 @@ class Stage:
     run: Run
     engine: Engine
     data: TrainingData
+    null_space: NullSpace | WeightNullSpace | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -45,7 +48,7 @@ class Stage:
 
     def interference(self) -> dict[str, dict[str, Tensor]]:
         """name → module → ‖ΔW X‖ / ‖W X‖ as the pipeline reports it at the end."""
-        return self.run._interference(self.engine, self.data, self.recipe)
+        return self.run.interference(self.engine, self.data)
 
     def export(self, folder: Path) -> Path:
         """Writes the adapter as the pipeline does at the end."""
@@ -54,7 +57,8 @@ class Stage:
             "interference_by_arm": {"arm": None},
             "evaluation": {"base": {}, "arm": {}},
         }
-        export(self.engine, self.recipe, folder, report, texts=self.run.texts, evaluated="arm")
+        space = self.null_space
+        export(self.engine, self.recipe, folder, report, texts=self.run.texts, evaluated="arm", null_space=space)
         return folder
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -93,13 +97,13 @@ def null_space_of(folder: Path) -> NullSpace:
 def started(recipe: Recipe, *, null_space: Path | None = None, device: torch.device = CPU) -> Iterator[Stage]:
     """Calibrates (or takes the null space of another run), loads and shards; closes the engine at the end."""
     run = Run(recipe, device)
-    space = None
+    space: NullSpace | WeightNullSpace | None = run.weight_null_space(recipe)
     if recipe.adapter.method == "lora_null":
         space = run.null_space() if null_space is None else null_space_of(null_space)
     data = TrainingData.load(recipe.data, recipe.train, run.tokenizer)
-    engine = start_engine(run._job(recipe, space), recipe)
+    engine = start_engine(run.job(recipe, space), recipe)
     try:
-        yield Stage(run, engine, data)
+        yield Stage(run, engine, data, space)
     finally:
         engine.close()
 

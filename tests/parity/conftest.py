@@ -20,7 +20,7 @@ def found(world: Path) -> dict[str, dict[str, Any]]:
     """engine → case → what it found, as rank 0 saw it; the ranks agreed on every loss."""
     results = {}
     for engine, ranks in parity_run.ENGINES.items():
-        first, *others = run_ranks(parity_run.run_engine, ranks, engine, world, timeout=500)
+        first, *others = run_ranks(parity_run.run_engine, ranks, engine, world, timeout=900)
         for other in others:
             assert other == {name: case.losses for name, case in first.items()}
         results[engine] = first

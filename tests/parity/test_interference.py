@@ -13,7 +13,7 @@ from helpers.stages import dense_energies, plain_base
 Results = dict[str, dict[str, Found]]
 Ratios = dict[str, dict[str, float]]
 
-FROM_GRAMS = [name for name, case in CASES.items() if "v1" not in name and name != "lora"]
+FROM_GRAMS = [name for name, case in CASES.items() if "v1" not in name and "method" not in case.changes["adapter"]]
 
 
 @pytest.fixture(scope="session")

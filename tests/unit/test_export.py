@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -207,6 +208,20 @@ def test_reading_a_foreign_or_damaged_adapter(tmp_path: Path, change, message: s
         read_adapter(tmp_path / "absent")
 
 
+def test_targets_where_some_modules_have_no_factors() -> None:
+    """Whole kinds keep their short name, the others of a kind are named in full, and PEFT's own check agrees."""
+    modules = [f"model.layers.{block}.self_attn.{kind}_proj" for block in (0, 1) for kind in ("q", "o", "k")]
+    left_out = [modules[1], modules[2], modules[5]]
+    kept = [module for module in modules if module not in left_out]
+    targets = export.fitting_targets(["q_proj", "k_proj", "o_proj"], kept, left_out)
+    assert targets == ["q_proj", modules[4]]
+    assert export.fitting_targets(["q_proj", "k_proj"], modules, []) == ["q_proj", "k_proj"]
+    pair = Factors(torch.ones(2, 3), torch.ones(3, 2))
+    export._check_targets(dict.fromkeys(kept, pair), targets)
+    with pytest.raises(ValueError, match="'k_proj' has no factors"):
+        export._check_targets(dict.fromkeys(kept, pair), ["q_proj", "o_proj", "k_proj"])
+
+
 def test_scale_of_foreign_configs() -> None:
     config = {"lora_alpha": 16, "use_rslora": True, "alpha_pattern": {"q_proj": 8}}
     assert export.module_scale(config, "model.layers.0.self_attn.q_proj", 4) == 4.0
@@ -258,6 +273,26 @@ def test_model_card(tmp_path: Path) -> None:
     ):
         assert line in text
     assert text.index("| base |") < text.index("| null-space adapter |")
+
+
+def test_card_of_null_lora(tmp_path: Path) -> None:
+    def entry(rank: int, right: int, left: int) -> dict[str, Any]:
+        return {"rank": rank, "right": {"kept": right}, "left": {"kept": left}}
+
+    modules = {"model.layers.0.q_proj": entry(8, 16, 12), "model.layers.1.q_proj": entry(4, 5, 9)}
+    modules["model.layers.0.up_proj"] = entry(0, 0, 16)
+    facts = {"threshold": 0.1, "dim": 16, "left_out": ["model.layers.0.up_proj"], "modules": modules}
+    write(tmp_path / "adapter", random_factors(), card={"method": "null_lora", "weight_null_space": facts})
+    text = (tmp_path / "adapter" / "README.md").read_text()
+    for line in (
+        "2512.15233",
+        "singular values up to 0.1 of its largest, no more than 16 a side.",
+        "| q_proj | 2 | 5 to 16 | 9 to 12 | 4 to 8 |",
+        "| up_proj | 1 | 0 | 16 | 0 |",
+        "Left out, for want of a null space: model.layers.0.up_proj.",
+    ):
+        assert line in text
+    assert "- form" not in text and "null-lora" in text
 
 
 def test_a_sparse_card_has_no_empty_sections_and_no_local_base_for_the_hub(tmp_path: Path) -> None:

@@ -310,3 +310,24 @@ def test_knobs_are_read(tmp_path: Path) -> None:
     knobs = zero3.Knobs.of(settings)
     assert knobs.offload_param and knobs.offload_optimizer and knobs.bucket == 50_000_000
     assert zero3.Knobs.of({}) == zero3.Knobs()
+
+
+def test_null_lora_counts_its_bases_and_composed_factors(tmp_path: Path) -> None:
+    """Toy blocks of 64 and 128: V and U of every module, its factors of the whole rank kept, half of them trained."""
+    world.make_texts(tmp_path)
+    changes = {"adapter": {"method": "null_lora", "rank": 8, "null_dim": 16}}
+    recipe = world.make_recipe(tmp_path, world.make_base(tmp_path / "base"), tmp_path / "out", **changes)
+    shapes = shapes_of(recipe)
+    widths = 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))  # d_in + d_out of seven linears, two blocks
+    assert sum(p.numel for p in shapes.trained) == 4 * widths
+    texts = memory.Texts.of(recipe)
+    assert memory.null_space_bytes(shapes, texts) == 4 * 16 * widths
+    assert memory.adapter_bytes(shapes) == 4 * 8 * widths
+    batch = memory.Batch(2, 16, masked=False, supervised=1.0)
+    kept = memory.saved(shapes, batch, attention="sdpa", checkpointing=False, engine="fsdp2")
+    assert kept["composed factors"] == 4 * 8 * widths
+    assert "composed factors" not in memory.saved(shapes, batch, attention="sdpa", checkpointing=True, engine="fsdp2")
+    gathered = sum(one.bytes for one in traffic.export(shapes, 2, "fsdp2"))
+    assert gathered == 4 * 4 * widths, "the bases stay where they are"
+    said = describe(make_plan(recipe, shapes, replace(GPU, gpus=1)))
+    assert "null_lora: counted with null_dim directions a side" in said and "calibrate " not in said

@@ -102,6 +102,17 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
         ({"adapter": {"method": "lora", "form": "residual"}}, "needs method 'lora_null'"),
         ({"adapter": {"freeze_a": False}}, "only while A is frozen"),
         ({"adapter": {"form": "residual", "a_init": "orthonormal"}}, "needs a_init: projected"),
+        ({"adapter": {"method": "null_lora", "form": "residual"}}, "leave form, a_init and freeze_a out"),
+        ({"adapter": {"method": "null_lora", "a_init": "orthonormal"}}, "leave form, a_init and freeze_a out"),
+        ({"adapter": {"method": "null_lora", "freeze_a": True}}, "leave form, a_init and freeze_a out"),
+        (
+            {"adapter": {"method": "null_lora", "rank": 7}},
+            "7 is odd: use rank: 8 for the parameters of a LoRA of rank 4",
+        ),
+        ({"adapter": {"method": "null_lora", "rank": 64, "null_dim": 32}}, "no room for rank 64: set null_dim: 64"),
+        ({"adapter": {"method": "null_lora", "null_threshold": 1.0}}, "adapter.null_threshold"),
+        ({"adapter": {"null_dim": 32}}, "null_dim is for method 'null_lora'"),
+        ({"adapter": {"method": "lora", "null_threshold": 0.2}}, "null_threshold is for method 'null_lora'"),
         ({"data": {"packing": True}, "base_model": {"attention": "eager"}}, "data.packing needs an attention"),
         ({"base_model": {"attention": "flash_attention_2", "dtype": "float32"}}, "base_model.dtype: bfloat16"),
         ({"data": {"template": "no place for it"}}, "must hold {prompt} exactly once"),
@@ -267,6 +278,20 @@ def test_baselines_are_arms_of_their_own(tmp_path: Path) -> None:
     assert "evaluation.baselines.bad: adapter.rnak: unknown key (did you mean 'rank'?)" in message
 
 
+def test_baselines_of_another_method_drop_the_keys_of_the_recipes_own(tmp_path: Path) -> None:
+    weights = {"weights": {"adapter": {"method": "null_lora", "rank": 4, "null_dim": 9}}}
+    recipe = load_recipe(write(tmp_path, adapter={"form": "residual"}, evaluation={"baselines": weights}))
+    arm = recipe.arm("weights")
+    assert (arm.adapter.method, arm.adapter.form, arm.adapter.null_dim) == ("null_lora", "delta", 9)
+    assert arm.arm_name == "null_lora" and not arm.adapter.a_is_frozen
+    activations = {"activations": {"adapter": {"method": "lora_null"}}, "plain": {"adapter": {"method": "lora"}}}
+    mine = {"method": "null_lora", "null_dim": 9, "null_threshold": 0.5}
+    recipe = load_recipe(write(tmp_path, adapter=mine, evaluation={"baselines": activations}))
+    assert (recipe.arm_name, recipe.arm("activations").adapter.a_is_frozen) == ("null_lora", True)
+    assert recipe.arm("plain").adapter.null_threshold == 0.1
+    assert "that name is taken" in complaint(tmp_path, adapter=mine, evaluation={"baselines": {"null_lora": {}}})
+
+
 def test_alpha_defaults_to_the_rank(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path)).adapter.scale == 1.0
     assert load_recipe(write(tmp_path), ["adapter.alpha=16"]).adapter.scale == 2.0
@@ -282,6 +307,18 @@ def test_every_recipe_is_dry_run(name: str) -> None:
     if recipe.base_model.config is not None:
         count = PARAMETERS[Path(recipe.base_model.config).name]
         assert f"base parameters {count:>21,}" in said
+
+
+def test_dry_run_of_null_lora_counts_halves_and_bases() -> None:
+    """70B, rank 128 and 256 null directions: a LoRA of rank 64 trains, V and U are frozen beside it."""
+    said = describe(load_recipe("llama3_70b_math", ["adapter.method=null_lora", "adapter.rank=128"]))
+    assert "down_proj (64, 28672) (8192, 64) (28672, 256) (8192, 256)" in said
+    widths = 80 * (2 * 16384 + 2 * 9216 + 3 * 36864)
+    assert f"{64 * widths:,}" in said and f"{(64 + 256) * widths:,}" in said
+    rows = {line.split()[0]: line.split()[1:] for line in said.splitlines() if " right " in line and " left " in line}
+    assert rows["down_proj"] == ["right", "20,480", "left", "0"]
+    assert rows["k_proj"] == rows["v_proj"] == ["right", "7,168", "left", "0"]
+    assert rows["gate_proj"] == ["right", "0", "left", "20,480"] and rows["q_proj"] == ["right", "0", "left", "0"]
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

@@ -222,3 +222,13 @@ def test_other_ranks_write_no_scalars(tmp_path: Path, monkeypatch: pytest.Monkey
     scalars.add(1, {"loss": 1.0})
     scalars.close()
     assert not (tmp_path / "tensorboard").exists()
+
+
+def test_null_spaces_of_weights_have_a_table(tmp_path: Path, full: dict[str, Any]) -> None:
+    entry = {"rank": 8, "right": {"kept": 16}, "left": {"kept": 12}}
+    facts = {"threshold": 0.1, "dim": 16, "left_out": [], "modules": {"model.layers.0.q_proj": entry}}
+    full["weight_null_space"] = {"null_lora": facts}
+    write_report(tmp_path / "run", full)
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert "## Null space of the weights, Null-LoRA" in text and "| q_proj | 1 | 16 | 12 | 8 |" in text
+    assert "Left out" not in text
