@@ -24,7 +24,7 @@ def frozen(dtype: torch.dtype, quantized: bool, d_out: int = D_OUT, d_in: int = 
     with torch.device("meta"):
         linear = nn.Linear(d_in, d_out, bias=False)
     base = FrozenLinear(linear, quantized=quantized, dtype=dtype)
-    base.fill(normal(d_out, d_in, seed=0).to(dtype) * 0.1, None)
+    base.fill(base.pack(normal(d_out, d_in, seed=0).to(dtype) * 0.1), None)
     return base
 
 
