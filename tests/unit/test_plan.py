@@ -260,8 +260,8 @@ def test_check_names_the_figure(toy: tuple[Recipe, Shapes], monkeypatch: pytest.
         check(recipe, "calibrate", world_size=1, device=cpu, shapes=shapes)
     assert "\n" not in str(error.value)
     monkeypatch.undo()
-    monkeypatch.setattr("nslora_dist.plan.check._available", lambda local: 1e6)
-    with pytest.raises(UserError, match=r"^train: needs about .* of host memory, 1 MB are free"):
+    monkeypatch.setattr("nslora_dist.plan.check._available", lambda local: 1e5)
+    with pytest.raises(UserError, match=r"^train: needs about .* of host memory, 100 kB are free"):
         check(recipe, "train", world_size=1, device=cpu, shapes=shapes)
 
 
