@@ -10,10 +10,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "nslora_dist"
 FLOORS = (
-    "errors explain zero_file recipe recipe_file dist quiet eigensolver null_space linear nf4 adapter artifacts",
-    "rows batches data calibration_data base_files base_model calibration supervised card export engines run_folder",
-    "checkpoint arms evaluate trainer report plots dry_run plan tiny_world pretrain",
-    "pipeline command",
+    "errors explain zero_file recipe recipe_file dist quiet eigensolver null_space linear nf4 adapter artifacts "
+    "provenance merge_recipe",
+    "rows batches data calibration_data base_files base_model calibration supervised card export engines run_folder "
+    "update_grams merging",
+    "checkpoint arms evaluate trainer report plots dry_run plan tiny_world pretrain merge_report",
+    "pipeline command merge",
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
 LONGEST = 400
