@@ -95,10 +95,13 @@ def add_update(folder: Path, files: Mapping[str, str], name: str, update: Update
         entry = json.loads(file.read(length))[name]
         dtype = DTYPES.get(entry["dtype"])
         if dtype is None:
-            raise UserError(f"{path}: '{name}' is stored as {entry['dtype']}; merge into a base of a float dtype")
+            raise UserError(
+                f"base_model.path: its '{name}' is stored as {entry['dtype']}; give a base of a float dtype"
+            )
         if tuple(entry["shape"]) != update.shape:
             raise UserError(
-                f"{path}: '{name}' is {tuple(entry['shape'])}, the merged update {update.shape}; give their own base"
+                f"base_model.path: its '{name}' is {tuple(entry['shape'])}, the adapters' update {update.shape}; "
+                "give the base that they were trained on"
             )
         begin = 8 + length + entry["data_offsets"][0]
         row_bytes = update.shape[1] * dtype.itemsize

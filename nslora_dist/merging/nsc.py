@@ -147,13 +147,31 @@ def _backward(
     model: MergedModel, number: int, tasks: int, inputs: TaskInputs, rows: Sequence[int], *, device: torch.device
 ) -> Tensor:
     """Adds one task's gradient to λ's; gives this rank's part of its loss."""
-    seen = _run(model, number, inputs, rows, device=device, every_task=False)
+    seen, output = _run(model, number, inputs, rows, device=device, every_task=False)
     if not seen.ratios:
         return torch.zeros((), device=device)  # an adapter without any module in the target blocks
     loss = torch.stack([ratio[number] for ratio in seen.ratios.values()]).mean() / tasks
     if loss.requires_grad:
-        loss.backward()
+        _Anchored.apply(loss, output).backward()
     return loss.detach()
+
+
+class _Anchored(torch.autograd.Function):
+    """The loss itself, with the model's output hung on to it by a gradient of zero.
+
+    A sharded block gathers its weights for backward when a gradient reaches its *output*. ω is taken inside, and no
+    loss lies behind the last block: without this its backward would start in the middle, on freed weights.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, output: Tensor) -> Tensor:
+        ctx.save_for_backward(output)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        (output,) = ctx.saved_tensors
+        return grad, torch.zeros_like(output)
 
 
 def _run(
@@ -164,8 +182,12 @@ def _run(
     *,
     device: torch.device,
     every_task: bool,
-) -> Pass:
-    """Sends this rank's share of the inputs through the merged model; a rank without any runs one that counts 0."""
+) -> tuple[Pass, Tensor]:
+    """Sends this rank's share of the inputs through the merged model; a rank without any runs one that counts 0.
+
+    Returns:
+        What the merged linears saw, and the model's output.
+    """
     mine = list(rows[dist.rank() :: dist.world_size()])
     batch, mask = inputs.batch(mine or rows[:1])
     counts = torch.full((len(mine) or 1,), 1.0 if mine else 0.0, device=device)
@@ -184,11 +206,11 @@ def _run(
     for linear in model.linears.values():
         linear.current = current
     try:
-        model.root(**arguments)
+        output = model.root(**arguments)[0]
     finally:
         if every_task:
             _forget(model)
-    return current
+    return current, output
 
 
 def _forget(model: MergedModel) -> None:
@@ -207,7 +229,7 @@ def _measure(
         count = inputs[name].count
         for first in range(0, count, size):
             rows = list(range(first, min(first + size, count)))
-            seen = _run(model, number, inputs[name], rows, device=device, every_task=True)
+            seen, _ = _run(model, number, inputs[name], rows, device=device, every_task=True)
             for module, ratios in seen.ratios.items():
                 mine = sums.setdefault(module, {})
                 for task, value in ratios.items():

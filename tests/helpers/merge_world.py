@@ -166,12 +166,12 @@ def write_inputs(folder: Path, family: str) -> dict[str, dict[str, Any]]:
     return made
 
 
-def recipe(base: Path | None, adapters: dict[str, Path], output: Path, **changes: Any) -> MergeRecipe:
+def recipe(base: Path | None, adapters: dict[str, Path], target: Path, **changes: Any) -> MergeRecipe:
     tree: dict[str, Any] = {
         "name": "toy",
         "adapters": {name: {"path": str(path)} for name, path in adapters.items()},
         "method": "arithmetic",
-        "output_dir": str(output),
+        "output_dir": str(target),
     }
     if base is not None:
         tree["base_model"] = {"path": str(base), "dtype": "float32"} | changes.pop("base_model", {})
