@@ -105,7 +105,7 @@ def optimise(
         optimizer.zero_grad(set_to_none=False)
         total = torch.zeros((), dtype=torch.float32, device=device)
         for number, name in enumerate(names):
-            total += _backward(model, number, len(names), inputs[name], next(orders[number]), device=device)
+            total += task_gradient(model, number, len(names), inputs[name], next(orders[number]), device=device)
         if table.grad is None:
             raise UserError("nsc: no λ acts on a target's ω; raise nsc.target_fraction")
         dist.all_reduce(table.grad)
@@ -143,10 +143,10 @@ def _ordered(model: MergedModel) -> list[str]:
     return [module.name for module in model.root.modules() if isinstance(module, MergedLinear)]
 
 
-def _backward(
+def task_gradient(
     model: MergedModel, number: int, tasks: int, inputs: TaskInputs, rows: Sequence[int], *, device: torch.device
 ) -> Tensor:
-    """Adds one task's gradient to λ's; gives this rank's part of its loss."""
+    """Adds one task's gradient to λ's; gives this rank's part of its share of the loss."""
     seen, output = _run(model, number, inputs, rows, device=device, every_task=False)
     if not seen.ratios:
         return torch.zeros((), device=device)  # an adapter without any module in the target blocks
@@ -169,7 +169,7 @@ class _Anchored(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         (output,) = ctx.saved_tensors
         return grad, torch.zeros_like(output)
 
