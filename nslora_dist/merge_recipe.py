@@ -11,6 +11,14 @@ from nslora_dist.recipe_file import load_recipe_as
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Task = Literal[
+    "causal_lm",
+    "sequence_classification",
+    "image_classification",
+    "token_classification",
+    "question_answering",
+    "feature_extraction",
+]
 Method = Literal["nsc", "gram", "arithmetic", "svd", "cat", "ties", "dare_ties"]
 SPARSE = ("ties", "dare_ties")
 """Methods whose result has no low rank of its own."""
@@ -24,7 +32,7 @@ class MergeBase(BaseModelSection):
     """
 
     shard: bool = False
-    task: Literal["causal_lm", "sequence_classification", "image_classification", "feature_extraction"] | None = None
+    task: Task | None = None
 
 
 class MergedAdapter(Section):

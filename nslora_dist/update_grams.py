@@ -57,7 +57,8 @@ def collect_update_grams(
 
     Args:
         model: holds adapted linears; it may be sharded.
-        batches: this rank's share, on any device. A sharded model wants the same number of batches on every rank.
+        batches: this rank's share, on any device. A sharded model wants the same number of batches on every rank. The
+            padding behind the samples of a packed row is not marked and counts as tokens.
         run: a forward pass of ``model``, as an engine's ``matches``.
         device: where the batches are sent, and the sums are kept.
 

@@ -31,11 +31,15 @@ AUTO_CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
     "sequence_classification": "AutoModelForSequenceClassification",
     "image_classification": "AutoModelForImageClassification",
+    "token_classification": "AutoModelForTokenClassification",
+    "question_answering": "AutoModelForQuestionAnswering",
     "feature_extraction": "AutoModel",
 }
 PEFT_TASKS = {
     "CAUSAL_LM": "causal_lm",
     "SEQ_CLS": "sequence_classification",
+    "TOKEN_CLS": "token_classification",
+    "QUESTION_ANS": "question_answering",
     "FEATURE_EXTRACTION": "feature_extraction",
 }
 ARCHITECTURES = {
@@ -43,6 +47,8 @@ ARCHITECTURES = {
     "LMHeadModel": "causal_lm",
     "ForSequenceClassification": "sequence_classification",
     "ForImageClassification": "image_classification",
+    "ForTokenClassification": "token_classification",
+    "ForQuestionAnswering": "question_answering",
 }
 
 

@@ -66,6 +66,9 @@ def _read(name: str, folder: Path) -> Task:
     found, config = read_adapter(folder, heads=heads)
     if config.get("use_dora"):
         raise UserError(f"{where}: is a DoRA adapter (use_dora), which is no sum of low-rank updates; merge plain LoRA")
+    if config.get("fan_in_fan_out"):
+        # A transposed weight would take a transposed update, and a square one would not even give itself away.
+        raise UserError(f"{where}: adapts layers with transposed weights (fan_in_fan_out); only nn.Linear is merged")
     for key, rank in (config.get("rank_pattern") or {}).items():
         if not isinstance(rank, int) or rank < 1:
             raise UserError(

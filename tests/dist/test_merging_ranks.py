@@ -8,8 +8,14 @@ import torch
 
 from helpers.merge_world import make_adapter, make_model, recipe, write_inputs
 from helpers.ranks import run_ranks
+from helpers.stages import started
+from helpers.world import make_recipe, make_texts, zero_config
+from torch import Tensor
+
 from nslora_dist import dist
+from nslora_dist.calibration_data import text_batches
 from nslora_dist.errors import UserError
+from nslora_dist.evaluate import even_batches
 from nslora_dist.export import read_adapter
 from nslora_dist.merge import run_merge
 from nslora_dist.merge_recipe import MergeRecipe
@@ -17,6 +23,7 @@ from nslora_dist.merging.inputs import read_inputs
 from nslora_dist.merging.model import load_merged
 from nslora_dist.merging.nsc import NscResult, optimise
 from nslora_dist.merging.tasks import read_tasks
+from nslora_dist.update_grams import collect_update_grams
 
 CPU = torch.device("cpu")
 NSC = {"steps": 5, "learning_rate": 0.02, "batch_size": 3, "target_fraction": 0.5}
@@ -43,6 +50,19 @@ def searched(folder: Path, cases: dict[str, tuple[str, dict[str, Any]]]) -> dict
         inputs = read_inputs(made.inputs, made.base_model, seed=0)
         found[name] = optimise(model, ["a", "b"], inputs, made.nsc, device=CPU)
     return found
+
+
+def collected(folder: Path, engine: str) -> dict[str, Tensor]:
+    """C of every module after a little training, from this rank's share of the task's texts."""
+    settings = {"name": engine, "config": str(zero_config(folder)) if engine == "zero3" else None}
+    changes: dict[str, Any] = {"engine": settings, "adapter": {"method": "lora"}, "train": {"max_steps": 3}}
+    with started(make_recipe(folder, folder / "llama/base", folder / f"{engine}{dist.world_size()}", **changes)) as stage:
+        stage.train()
+        texts = stage.run.texts[0].calibration[:17]
+        mine = text_batches(texts, batch_size=8, rank=dist.rank(), world_size=dist.world_size())
+        return collect_update_grams(
+            stage.engine.model, even_batches(mine, device=CPU), stage.engine.matches, device=CPU
+        )
 
 
 def whole_merge(folder: Path, family: str, target: str) -> str:
@@ -90,3 +110,16 @@ def test_whole_merge_on_two_ranks(world: Path) -> None:
         torch.testing.assert_close(together[name].lora_b, pair.lora_b, atol=1e-6, rtol=1e-3)
     first, second = run_ranks(whole_merge, 2, world, "bert", "together")
     assert first == second and "exists already" in first
+
+
+def test_update_grams_of_sharded_engines(world: Path) -> None:
+    """Two ranks with two batches and one, the parameters sharded, give the sums of one rank."""
+    make_texts(world)
+    (single,) = run_ranks(collected, 1, world, "single")
+    for engine in ("fsdp2", "zero3"):
+        first, second = run_ranks(collected, 2, world, engine)
+        assert first.keys() == single.keys()
+        for name, gram in single.items():
+            assert torch.equal(first[name], second[name])
+            assert (first[name] - gram).norm() < 1e-3 * gram.norm(), f"{engine} {name}"
+            assert float(gram.trace()) > 0

@@ -263,6 +263,24 @@ def test_gram_merge_uses_what_lies_beside_the_adapters(tmp_path: Path) -> None:
         merge(tmp_path, tmp_path / "again", method="gram")
 
 
+def test_gram_merge_of_different_a_says_what_it_leaves_out(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", "llama")
+    for seed, name in enumerate("ab"):
+        make_adapter(tmp_path / name, base, "llama", seed=seed)
+        plain = read_adapter(tmp_path / name)[0]
+        write_update_grams(tmp_path / name, {m: torch.eye(p.rank) for m, p in plain.items()})
+    _, report = merge(tmp_path, tmp_path / "out", method="gram", coefficients={"a": 1.0, "b": 2.0})
+    assert len(report["warnings"]) == 1 and "elsewhere counts as zero" in report["warnings"][0]
+    found, _ = read_adapter(tmp_path / "out/adapter")
+    updates_of = updates(tmp_path, "llama")
+    for name, pair in found.items():
+        assert pair.rank == 8
+        for number, adapter in enumerate("ab"):  # independent rows: each keeps its own update on them
+            rows = read_adapter(tmp_path / adapter)[0][name].lora_a.double()
+            wanted = updates_of[number][name] @ rows.T
+            assert ((pair.lora_b @ pair.lora_a).double() @ rows.T - wanted).norm() < 1e-4 * wanted.norm()
+
+
 def test_flat_signal_is_in_the_report(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", "vit")
     make_adapter(tmp_path / "a", base, "vit", seed=1)
@@ -335,6 +353,8 @@ def spoil(folder: Path, how: str) -> None:
         edit_config(b, rank_pattern={"q_proj": 0})
     elif how == "dora":
         edit_config(b, use_dora=True)
+    elif how == "transposed":
+        edit_config(b, fan_in_fan_out=True)
     elif how == "alpha":
         edit_config(b, lora_alpha=None)
     elif how == "base":
@@ -364,6 +384,7 @@ def spoil(folder: Path, how: str) -> None:
         ("config", r"b/adapter_config\.json: broken JSON"),
         ("rank 0", r"adapters\.b\.path .*: rank_pattern gives 'q_proj' the rank 0"),
         ("dora", r"adapters\.b\.path .*DoRA"),
+        ("transposed", r"adapters\.b\.path .*transposed weights"),
         ("alpha", r"adapters\.b\.path .*no usable lora_alpha"),
         ("base", r"adapters a and b differ in their base: .*base and org/another; .*allow_mismatch: \[base\]"),
         ("shapes", r"adapters a and b are of different bases: .*down_proj is \(64, 128\) and \(128, 128\)"),
