@@ -35,6 +35,7 @@ def draw_profile(path: Path, nsc: Mapping[str, Any]) -> None:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]  # its stub wants every key as a literal
         figure = Figure(figsize=(7.5, 4.4), layout="constrained")
@@ -47,6 +48,7 @@ def draw_profile(path: Path, nsc: Mapping[str, Any]) -> None:
                 label = name if when == "after" else None
                 axes.plot(range(len(values)), values, style, color=color, label=label, marker="o", markersize=3)
         axes.set(xlabel="block", ylabel="null-space ratio ω", title="before (dashed) and after the search for λ")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
         figure.savefig(path)
 
