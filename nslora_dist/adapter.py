@@ -42,6 +42,7 @@ class Adapter(nn.Module, ABC):
         base: the frozen linear.
         name: of the module it stands for in the Hugging Face model.
         scale: alpha / rank.
+        exported_rank: rows of the A that its file will hold.
         lora_A: (·, d_in) trained or frozen down-projection.
         lora_B: (d_out, ·) trained up-projection.
         update_grams: name of a source or probe → C = A G Aᵀ (r, r) float32, for the live interference.
@@ -52,12 +53,13 @@ class Adapter(nn.Module, ABC):
     lora_A: nn.Parameter  # noqa: N815
     lora_B: nn.Parameter  # noqa: N815
 
-    def __init__(self, base: nn.Module, *, name: str, scale: float) -> None:
+    def __init__(self, base: nn.Module, *, name: str, scale: float, exported_rank: int) -> None:
         """Takes the frozen linear into its place."""
         super().__init__()
         self.base = base
         self.name = name
         self.scale = scale
+        self.exported_rank = exported_rank
         self.observation: Observation | None = None
         self.measure = False
         self.update_grams: dict[str, Tensor] = {}
@@ -81,6 +83,10 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def low_rank(self, dtype: torch.dtype) -> LowRank:
         """The update's factors in the dtype of the activations."""
+
+    def down(self, dtype: torch.dtype) -> Tensor:
+        """The rows of the exported A, of rank 2r in residual form; whole inside a forward pass alone."""
+        return self.low_rank(dtype).a
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) → (..., d_out), the base's dtype."""
@@ -137,7 +143,7 @@ class AdaptedLinear(Adapter):
         dtype: torch.dtype,
     ) -> None:
         """Builds the adapter on the meta device; ``fill`` gives it values."""
-        super().__init__(base, name=name, scale=scale)
+        super().__init__(base, name=name, scale=scale, exported_rank=2 * rank if residual else rank)
         self.residual = residual
         self.a_is_frozen = freeze_a
         self.lora_A = self.empty(rank, in_features, dtype=dtype, trains=not freeze_a)
@@ -160,6 +166,12 @@ class AdaptedLinear(Adapter):
     def low_rank(self, dtype: torch.dtype) -> LowRank:
         """A and B as they are."""
         return LowRank(self.lora_A.to(dtype), self.lora_B.to(dtype), self.scale)
+
+    def down(self, dtype: torch.dtype) -> Tensor:
+        """A, or [A; A₀] in residual form."""
+        if not self.residual:
+            return self.lora_A.to(dtype)
+        return torch.cat([self.lora_A, self.lora_A if self.start_A is None else self.start_A]).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) → (..., d_out), the base's dtype."""

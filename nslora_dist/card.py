@@ -112,7 +112,7 @@ def model_card(
         # The hub refuses a card whose base is a folder on somebody's disk; the text names it all the same.
         base_model=None if Path(base_model).exists() else base_model,
         library_name="peft",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-generation" if "auto_class" not in card else None,
         tags=["lora", *TAGS.get(card.get("method", "lora_null"), []), "nslora_dist"],
     )
     return str(
@@ -138,12 +138,13 @@ def _card_text(
         ("base quantization in training", card.get("quantization")),
     ]
     argument = f', revision="{revision}"' if revision else ""
+    auto_class = card.get("auto_class", "AutoModelForCausalLM")
     loading = [
         "```python",
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import {auto_class}",
         "",
-        f'base = AutoModelForCausalLM.from_pretrained("{base_model}"{argument}, dtype="auto")',
+        f'base = {auto_class}.from_pretrained("{base_model}"{argument}, dtype="auto")',
         f'model = PeftModel.from_pretrained(base, "{folder}")',
         "```",
     ]

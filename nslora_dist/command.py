@@ -3,7 +3,8 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -11,12 +12,23 @@ from nslora_dist import dist
 from nslora_dist.dry_run import describe
 from nslora_dist.errors import EXIT_USER_ERROR, UserError
 from nslora_dist.quiet import quiet
-from nslora_dist.recipe import Recipe
 from nslora_dist.recipe_file import load_recipe
 
 
-def run(description: str, work: Callable[[Recipe, torch.device], None]) -> int:
+def run(
+    description: str,
+    work: Callable[[Any, torch.device], None],
+    *,
+    load: Callable[[str, Sequence[str]], Any] = load_recipe,
+    explain: Callable[[Any], str] = describe,
+) -> int:
     """Parses the command line and runs ``work`` on every rank.
+
+    Args:
+        description: of the script, for ``--help``.
+        work: what to do with the recipe on this rank's device.
+        load: reads the recipe from its name and the overrides.
+        explain: the text of ``--dry-run``.
 
     Returns:
         The exit status: 0, or 2 after a one-line error that the user can mend.
@@ -31,10 +43,10 @@ def run(description: str, work: Callable[[Recipe, torch.device], None]) -> int:
     quiet()
     main = int(os.environ.get("RANK", "0")) == 0
     try:
-        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        recipe = load(arguments.recipe, arguments.overrides)
         if arguments.dry_run:
             if main:
-                print(describe(recipe))
+                print(explain(recipe))
             return 0
         with dist.process_group() as device:
             work(recipe, device)

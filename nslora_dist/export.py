@@ -104,6 +104,8 @@ def write_adapter(
     revision: str | None,
     target_modules: Sequence[str],
     card: Mapping[str, Any],
+    task_type: str | None = "CAUSAL_LM",
+    location: Path | None = None,
 ) -> None:
     """Writes ``adapter_config.json``, ``adapter_model.safetensors`` and ``README.md``, all or nothing.
 
@@ -119,7 +121,10 @@ def write_adapter(
         target_modules: full names or last parts (``q_proj``), as in the recipe.
         card: what the model card tells, every key optional: ``name``; ``method``, ``form``, ``a_init``, ``freeze_a``,
             ``quantization`` as in the recipe; ``sources`` and ``probes`` ({name: {path, sequences, tokens, weight}});
-            ``leak``, ``interference``, ``evaluation`` as in ``report.json``; ``versions`` ({package: version}).
+            ``leak``, ``interference``, ``evaluation`` as in ``report.json``; ``versions`` ({package: version});
+            ``auto_class``, the transformers class that loads the base.
+        task_type: PEFT's name of the kind of model; None for one whose heads PEFT is to leave alone.
+        location: where the folder will lie in the end, for the card; ``folder`` itself by default.
 
     Raises:
         ValueError: a tensor is empty, not 2-D or does not fit its partner, a module is outside ``target_modules``, or
@@ -140,7 +145,7 @@ def write_adapter(
     rank = Counter(pair.rank for pair in factors.values()).most_common(1)[0][0]
     uneven = {module: pair.rank for module, pair in factors.items() if pair.rank != rank}
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+        task_type=None if task_type is None else TaskType(task_type),
         inference_mode=True,
         base_model_name_or_path=base_model,
         revision=revision,
@@ -155,15 +160,20 @@ def write_adapter(
         tensors[f"base_model.model.{module}.lora_A.weight"] = pair.lora_a
         tensors[f"base_model.model.{module}.lora_B.weight"] = pair.lora_b
     ranks = sorted({pair.rank for pair in factors.values()})
-    text = model_card(folder, card, base_model=base_model, revision=revision, ranks=ranks, scale=scale)
+    text = model_card(location or folder, card, base_model=base_model, revision=revision, ranks=ranks, scale=scale)
     with replace_folder(folder) as partial:
         config.save_pretrained(str(partial))
         save_tensors(partial / WEIGHTS_FILE, tensors)
         write_text(partial / "README.md", text)
 
 
-def read_adapter(folder: Path) -> tuple[dict[str, Factors], dict[str, Any]]:
+def read_adapter(folder: Path, *, heads: dict[str, Tensor] | None = None) -> tuple[dict[str, Factors], dict[str, Any]]:
     """Reads a LoRA folder in PEFT's format, this project's or another's.
+
+    Args:
+        folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+        heads: is given the whole modules that PEFT saved beside the factors (``modules_to_save``: the head of a
+            classifier), by their names in the Hugging Face model; without it such modules are an error.
 
     Returns:
         Module name to factors, on the CPU in the file's dtype, and the contents of ``adapter_config.json``.
@@ -179,6 +189,9 @@ def read_adapter(folder: Path) -> tuple[dict[str, Factors], dict[str, Any]]:
     sides: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_tensors(path).items():
         match = KEY.fullmatch(key)
+        if match is None and heads is not None and _is_saved_module(key, config):
+            heads[key.removeprefix("base_model.model.")] = tensor
+            continue
         if match is None:
             raise UserError(f"{path}: '{key}' is no LoRA factor of a linear layer; only plain LoRA can be read")
         sides.setdefault(match["module"], {})[match["side"]] = tensor
@@ -194,6 +207,13 @@ def read_adapter(folder: Path) -> tuple[dict[str, Factors], dict[str, Any]]:
         except ValueError as error:
             raise UserError(f"{path}: {error}") from error
     return factors, config
+
+
+def _is_saved_module(key: str, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor belongs to a module that ``modules_to_save`` names by its whole name or its last part."""
+    module = key.removeprefix("base_model.model.").rpartition(".")[0]
+    saved = config.get("modules_to_save") or []
+    return any(f".{name}." in f".{module}." for name in saved)
 
 
 def module_scale(config: Mapping[str, Any], module: str, rank: int) -> float:

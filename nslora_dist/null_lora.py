@@ -97,7 +97,7 @@ class NullLoraLinear(Adapter):
         basis_dtype: torch.dtype,
     ) -> None:
         """Builds the adapter on the meta device; ``basis_dtype`` is what the model computes in, on every engine."""
-        super().__init__(base, name=name, scale=scale)
+        super().__init__(base, name=name, scale=scale, exported_rank=sizes.rank)
         self.lora_A = self.empty(sizes.half, in_features, dtype=dtype, trains=True)
         self.lora_B = self.empty(out_features, sizes.half, dtype=dtype, trains=True)
         self.null_in = self.empty(in_features, sizes.right, dtype=basis_dtype, trains=False)

@@ -7,10 +7,10 @@ any other name is a local path where one exists and a hub name otherwise.
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from nslora_dist.errors import UserError
 from nslora_dist.explain import explain, nearest
@@ -18,6 +18,7 @@ from nslora_dist.recipe import Recipe
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 PATH_KEYS = {"path", "config", "output_dir"}
+R = TypeVar("R", bound=BaseModel)
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -27,6 +28,19 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         UserError: no such recipe, broken YAML, an unknown key, a wrong type or an impossible combination; the message
             names the value, where it came from and what to do.
     """
+    tree, origin, keys = _read_tree(name, overrides)
+    if "engine.name" in keys and "engine.config" not in keys and tree["engine"]["name"] != "zero3":
+        tree["engine"].pop("config", None)  # the recipe's file was for the engine that the command line replaces
+    return _validated(Recipe, tree, origin, keys)
+
+
+def load_recipe_as(kind: type[R], name: str, overrides: Sequence[str] = ()) -> R:
+    """Reads a recipe of another kind of job, found and overridden as ``load_recipe`` does; raises what it raises."""
+    return _validated(kind, *_read_tree(name, overrides))
+
+
+def _read_tree(name: str, overrides: Sequence[str]) -> tuple[dict[str, Any], str, list[str]]:
+    """The YAML with overrides and paths in place, where it was read, and the keys from the command line."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
@@ -42,13 +56,14 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     tree.setdefault("output_dir", f"runs/{tree['name']}")
     for override in overrides:
         _apply(tree, override)
-    keys = [override.split("=", 1)[0] for override in overrides]
-    if "engine.name" in keys and "engine.config" not in keys and tree["engine"]["name"] != "zero3":
-        tree["engine"].pop("config", None)  # the recipe's file was for the engine that the command line replaces
+    return tree, str(path), [override.split("=", 1)[0] for override in overrides]
+
+
+def _validated(kind: type[R], tree: dict[str, Any], origin: str, keys: Sequence[str]) -> R:
     try:
-        return Recipe.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise UserError(explain(error, Recipe, origin=str(path), overridden=keys)) from error
+        raise UserError(explain(error, kind, origin=origin, overridden=keys)) from error
 
 
 class _Loader(yaml.SafeLoader):

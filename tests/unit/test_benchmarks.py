@@ -25,6 +25,7 @@ TOYS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ("bytes_load_bound_nf4_fsdp2", "load_peak_over_bound_nf4", "load_peak_over_model_nf4"),
     ),
     "scaling": (["--ranks", "1"], ("calibration_memory_depth_ratio", "seconds_step_1ranks_2blocks")),
+    "merging": ([], ("saved_memory_over_dense_k2_r4", "step_time_over_dense_k2_r8", "bytes_updates_growth_factored")),
     "gpu": (
         ["--case", "llama3_70b_nf4"],
         ("seconds_calibration_llama3_70b_nf4", "share_of_matrix_rate_step_llama3_70b_nf4"),

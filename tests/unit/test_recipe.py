@@ -14,7 +14,7 @@ from nslora_dist.errors import UserError
 from nslora_dist.recipe import Recipe
 from nslora_dist.recipe_file import RECIPES, load_recipe
 
-SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith("merge_"))
 PARAMETERS = {"llama2_7b": 6_738_415_616, "llama3_8b": 8_030_261_248, "llama3_70b": 70_553_706_496}
 
 

@@ -1,0 +1,157 @@
+"""The merge recipe: several adapters of one base into one, as typed, frozen values; read from YAML like any recipe."""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from nslora_dist.recipe import BaseModelSection, Count, Positive, Section, Texts
+from nslora_dist.recipe_file import load_recipe_as
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Task = Literal[
+    "causal_lm",
+    "sequence_classification",
+    "image_classification",
+    "token_classification",
+    "question_answering",
+    "feature_extraction",
+]
+Method = Literal["nsc", "gram", "arithmetic", "svd", "cat", "ties", "dare_ties"]
+SPARSE = ("ties", "dare_ties")
+"""Methods whose result has no low rank of its own."""
+
+
+class MergeBase(BaseModelSection):
+    """The base that all adapters belong to.
+
+    ``shard`` spreads a LLaMA-layout base over the ranks (FSDP2); ``task`` says which head the model is loaded with,
+    by default the one that the adapters name.
+    """
+
+    shard: bool = False
+    task: Task | None = None
+
+
+class MergedAdapter(Section):
+    """A PEFT LoRA folder and its coefficient λ: of its ΔW, in gram of its Grams, in nsc where λ starts."""
+
+    path: str
+    coefficient: Finite | None = None
+
+
+class Inputs(Texts):
+    """A few unlabelled inputs of one adapter's task: texts, or a safetensors file of ready model inputs."""
+
+    samples: Count = 32
+    max_length: Count = 512
+
+
+class NscSection(Section):
+    """Null-space compression (METHODS.md §3); rates and steps default to 3e-4 and 500, for images 1e-3 and 100."""
+
+    granularity: Literal["block", "module"] = "block"
+    target_fraction: Share = 0.25  # of the blocks, counted from the last
+    initial: Finite = 0.4
+    learning_rate: Positive | None = None
+    steps: Count | None = None
+    batch_size: Count = 4  # inputs a task and step, over all ranks
+    activation_checkpointing: bool = False
+    seed: int = 0
+
+
+class SparseSection(Section):
+    """TIES and DARE: the share of each ΔW's entries that stay, by magnitude (ties) or by chance (dare_ties)."""
+
+    density: Share = 0.2
+    seed: int = 0
+
+
+class MergeRecipe(Section):
+    """One merge, whole."""
+
+    name: str
+    base_model: MergeBase | None = None
+    adapters: dict[str, MergedAdapter]
+    method: Method
+    nsc: NscSection | None = None
+    sparse: SparseSection | None = None
+    inputs: dict[str, Inputs] = Field(default_factory=dict)
+    target_rank: Count | None = None
+    output: Literal["adapter", "model"] = "adapter"
+    output_dir: str
+    allow_mismatch: tuple[Literal["base", "calibration", "target_modules"], ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists(cls, tree: object) -> object:
+        if isinstance(tree, dict) and isinstance(tree.get("allow_mismatch"), list):
+            return {**tree, "allow_mismatch": tuple(tree["allow_mismatch"])}
+        return tree
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "MergeRecipe":
+        if len(self.adapters) < 2:
+            raise ValueError(f"adapters: a merge needs at least two, this recipe names {len(self.adapters)}")
+        for name in self.adapters:
+            if not name or any(sign in name for sign in "/\\") or name.startswith("."):
+                raise ValueError(f"adapters.{name}: a name becomes a file name; use letters, digits, - and _")
+        given = [name for name, adapter in self.adapters.items() if adapter.coefficient is not None]
+        if 0 < len(given) < len(self.adapters):
+            missing = next(name for name in self.adapters if name not in given)
+            raise ValueError(
+                f"adapters.{missing}.coefficient: missing, while {len(given)} of {len(self.adapters)} adapters have "
+                "one; give all of them one, or none"
+            )
+        for section, methods in (("nsc", ("nsc",)), ("sparse", SPARSE)):
+            if getattr(self, section) is not None and self.method not in methods:
+                raise ValueError(
+                    f"{section}: belongs to method {' or '.join(methods)}, this is method {self.method}; leave it out"
+                )
+        if self.base_model is None and (self.method == "nsc" or self.output == "model"):
+            why = "method nsc runs it" if self.method == "nsc" else "output model is written from it"
+            raise ValueError(f"base_model: missing, and {why}; give base_model.path")
+        self._check_inputs()
+        self._check_rank()
+        return self
+
+    def _check_inputs(self) -> None:
+        if self.method != "nsc":
+            if self.inputs:
+                raise ValueError(f"inputs: only method nsc reads them, this is method {self.method}; leave them out")
+            return
+        for name in self.adapters:
+            if name not in self.inputs:
+                raise ValueError(f"inputs.{name}: missing; method nsc needs a few unlabelled inputs of every adapter")
+        for name in self.inputs:
+            if name not in self.adapters:
+                raise ValueError(f"inputs.{name}: no adapter has this name; adapters has {', '.join(self.adapters)}")
+
+    def _check_rank(self) -> None:
+        if self.method == "cat" and self.target_rank is not None:
+            raise ValueError("target_rank: cat is exact and has the sum of the ranks; use method svd to compress")
+        if self.method == "svd" and self.target_rank is None:
+            raise ValueError("target_rank: missing, and method svd compresses to it")
+        if self.method in SPARSE and self.output == "adapter" and self.target_rank is None:
+            raise ValueError(
+                f"target_rank: missing; the result of {self.method} has no low rank: give one, or output: model"
+            )
+
+    def coefficients(self, default: float) -> dict[str, float]:
+        """Every adapter's λ."""
+        return {n: default if a.coefficient is None else a.coefficient for n, a in self.adapters.items()}
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default filled in."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def load_merge_recipe(name: str, overrides: Sequence[str] = ()) -> MergeRecipe:
+    """Reads a merge recipe by its name in ``recipes/`` or by its path, and applies ``key=value`` overrides.
+
+    Raises:
+        UserError: as ``load_recipe``.
+    """
+    return load_recipe_as(MergeRecipe, name, overrides)
