@@ -5,7 +5,7 @@ Nothing of this project is needed to load it: PEFT, vLLM and merging tools read 
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,7 @@ def write_adapter(
     card: Mapping[str, Any],
     task_type: str | None = "CAUSAL_LM",
     location: Path | None = None,
+    more: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes ``adapter_config.json``, ``adapter_model.safetensors`` and ``README.md``, all or nothing.
 
@@ -125,6 +126,7 @@ def write_adapter(
             ``auto_class``, the transformers class that loads the base.
         task_type: PEFT's name of the kind of model; None for one whose heads PEFT is to leave alone.
         location: where the folder will lie in the end, for the card; ``folder`` itself by default.
+        more: writes further files into the folder before it takes its place.
 
     Raises:
         ValueError: a tensor is empty, not 2-D or does not fit its partner, a module is outside ``target_modules``, or
@@ -165,6 +167,8 @@ def write_adapter(
         config.save_pretrained(str(partial))
         save_tensors(partial / WEIGHTS_FILE, tensors)
         write_text(partial / "README.md", text)
+        if more is not None:
+            more(partial)
 
 
 def read_adapter(folder: Path, *, heads: dict[str, Tensor] | None = None) -> tuple[dict[str, Factors], dict[str, Any]]:

@@ -3,14 +3,23 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from nslora_dist import dist
 from nslora_dist.base_model import torch_dtype
 from nslora_dist.calibration.store import NullSpace
 from nslora_dist.calibration.weights import WeightNullSpace
 from nslora_dist.calibration_data import CalibrationTexts
+from nslora_dist.data import TrainingData
 from nslora_dist.engines import Engine
 from nslora_dist.export import fitting_targets, gather_factors, write_adapter
+from nslora_dist.provenance import Provenance, write_provenance
 from nslora_dist.recipe import Recipe
+from nslora_dist.update_grams import collect_update_grams, write_update_grams
+
+TASK_SAMPLES = 256
+"""Of the task's rows for the update Grams: as many as the paper calibrates on, r² numbers a module to be estimated."""
 
 
 def export(
@@ -21,9 +30,28 @@ def export(
     *,
     texts: list[CalibrationTexts],
     evaluated: str,
+    base: str,
     null_space: NullSpace | WeightNullSpace | None = None,
+    data: TrainingData | None = None,
+    device: torch.device,
 ) -> None:
-    """Gathers the adapter module by module and writes it in PEFT's format on the original base."""
+    """Gathers the adapter module by module and writes it in PEFT's format on the original base.
+
+    Beside PEFT's files: ``nslora.json`` says which base and calibration it belongs to, and ``update_grams.safetensors``
+    what it reads of its own task's activations, both for merging.
+
+    Args:
+        engine: holds the trained arm.
+        arm: its recipe.
+        folder: replaced whole if it exists.
+        report: what the card quotes.
+        texts: the calibration's, for the card.
+        evaluated: the arm's name in the report.
+        base: the base's fingerprint.
+        null_space: what the arm started from.
+        data: its rows, for the update Grams; none are written where left out.
+        device: this rank's.
+    """
     weights = null_space if isinstance(null_space, WeightNullSpace) else None
     left_out = [] if weights is None else weights.left_out(arm.adapter.rank)
     bases = None if weights is None else weights.tensors
@@ -44,6 +72,14 @@ def export(
         "interference": report["interference_by_arm"][evaluated],
         "evaluation": {n: report["evaluation"][n] for n in ("base", evaluated)},
     }
+    calibration = null_space.manifest["key"] if isinstance(null_space, NullSpace) else None
+    grams = task_grams(engine, arm, data, device=device) if data is not None and arm.writes_update_grams else None
+
+    def more(partial: Path) -> None:
+        write_provenance(partial, Provenance(base, calibration, arm.base_model.path))
+        if grams is not None:
+            write_update_grams(partial, grams)
+
     with dist.together("writing the adapter"):
         if dist.is_main():
             write_adapter(
@@ -54,4 +90,16 @@ def export(
                 revision=arm.base_model.revision,
                 target_modules=fitting_targets(adapter.target_modules, factors, left_out),
                 card=card,
+                more=more,
             )
+
+
+def task_grams(engine: Engine, arm: Recipe, data: TrainingData, *, device: torch.device) -> dict[str, Tensor]:
+    """C = A G Aᵀ of the first ``TASK_SAMPLES`` rows or packs of the first epoch, the adapter at work; collective."""
+    steps = min(data.steps_per_epoch, -(-TASK_SAMPLES // arm.train.global_batch_size))
+    batches = [
+        batch
+        for step in range(steps)
+        for batch in data.micro_batches(step, rank=dist.rank(), world_size=dist.world_size())
+    ]
+    return collect_update_grams(engine.model, batches, engine.matches, device=device)

@@ -246,7 +246,18 @@ class Run:
             report |= {"interference": figures["interference"], "adapter": str(folder)}
         if engine is not None:
             with self.phase("export"):
-                export(engine, arm, folder, report, texts=self.texts, evaluated=name, null_space=null_space)
+                export(
+                    engine,
+                    arm,
+                    folder,
+                    report,
+                    texts=self.texts,
+                    evaluated=name,
+                    base=self._fingerprint,
+                    null_space=null_space,
+                    data=data,
+                    device=self.device,
+                )
             engine.close()
             finished.write(figures | {"seconds": self.seconds})
         else:

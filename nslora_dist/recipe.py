@@ -206,6 +206,7 @@ class TrainSection(Section):
     compile: bool = False  # torch.compile of each decoder block; its first steps take minutes
     seed: int = 0
     log_every: Count = 10
+    update_grams: bool | None = None  # C = A G Aᵀ of the task beside the adapter, for merging; default: for lora_null
 
     @model_validator(mode="after")
     def _length(self) -> "TrainSection":
@@ -299,6 +300,12 @@ class Recipe(Section):
                 raise ValueError(f"evaluation.baselines.{name}: that name is taken in the report; choose another")
             self.arm(name)
         return self
+
+    @property
+    def writes_update_grams(self) -> bool:
+        """Whether the exported adapter is to carry the r × r Grams that Gram-weighted merging reads (METHODS.md §4)."""
+        chosen = self.train.update_grams
+        return self.adapter.method == "lora_null" if chosen is None else chosen
 
     @property
     def arm_name(self) -> str:

@@ -54,6 +54,13 @@ def check_run(folder: Path, *, engine: str, ranks: int) -> None:
         assert all(tensor.numel() and tensor.isfinite().all() for tensor in factors.values())
         assert (folder / name / "adapter_config.json").is_file()
         assert "peft" in (folder / name / "README.md").read_text()
+    own, other = (json.loads((folder / name / "nslora.json").read_text()) for name in ("adapter", "baselines/lora"))
+    null_space = json.loads((folder / "null_space" / "manifest.json").read_text())
+    assert own["base"] == other["base"] == null_space["hashes"]["base"]
+    assert own["calibration"] == null_space["key"] and other["calibration"] is None
+    grams = load_file(folder / "adapter" / "update_grams.safetensors")
+    assert len(grams) == MODULES and all(float(gram.trace()) > 0 for gram in grams.values())
+    assert not (folder / "baselines/lora/update_grams.safetensors").exists()
     for name in ("report.md", "recipe.yaml", "plots/loss.png", "plots/spectrum.png", "plots/interference.png"):
         assert (folder / name).stat().st_size > 0
     assert list((folder / "tensorboard").rglob("events.*"))

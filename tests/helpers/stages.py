@@ -58,7 +58,18 @@ class Stage:
             "evaluation": {"base": {}, "arm": {}},
         }
         space = self.null_space
-        export(self.engine, self.recipe, folder, report, texts=self.run.texts, evaluated="arm", null_space=space)
+        export(
+            self.engine,
+            self.recipe,
+            folder,
+            report,
+            texts=self.run.texts,
+            evaluated="arm",
+            base="base",
+            null_space=space,
+            data=self.data,
+            device=self.run.device,
+        )
         return folder
 
     def logits(self, ids: Tensor) -> Tensor:
