@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,23 @@ from nslora_dist.evaluate import forward_interference, live_interference
 from nslora_dist.input_groups import InputGroup
 from nslora_dist.null_lora import NullLoraLinear
 from nslora_dist.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One adapter of a run: the recipe's own, or a baseline.
+
+    Attributes:
+        name: its key in the report.
+        recipe: the run's, with the baseline's overrides.
+        null_space: what it starts from; None for plain LoRA's random A.
+        data: its rows, dealt by its own training section.
+    """
+
+    name: str
+    recipe: Recipe
+    null_space: NullSpace | WeightNullSpace | None
+    data: TrainingData
 
 
 def make_job(

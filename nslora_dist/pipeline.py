@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nslora_dist import artifacts, dist
-from nslora_dist.arm_job import final_interference, make_job
+from nslora_dist.arm_job import Arm, final_interference, make_job
 from nslora_dist.arms import FinishedArm, evaluation_hash
 from nslora_dist.base_config import load_config
 from nslora_dist.base_files import Checkpoint, locate
@@ -201,13 +201,12 @@ class Run:
             },
         }
         hashes = self._null_space_key["hashes"] | {"rows": data.hash, "evaluation": evaluation_hash(sets)}
-        start: NullSpace | WeightNullSpace | None = weights.get(recipe.arm_name, null_space)
-        figures = self._arm(recipe, recipe.arm_name, start, data, sets, report, hashes)
-        report |= {key: figures[key] for key in ("losses", "grad_norms", "tokens_per_second")}
-        for name, arm in baselines.items():
-            arm_data = data if arm.train == recipe.train else TrainingData.load(arm.data, arm.train, self.tokenizer)
+        for name, arm in arms.items():
             start = weights.get(name, null_space if _fits(arm, recipe) else None)
-            self._arm(arm, name, start, arm_data, sets, report, hashes)
+            arm_data = data if arm.train == recipe.train else TrainingData.load(arm.data, arm.train, self.tokenizer)
+            figures = self._arm(Arm(name, arm, start, arm_data), sets, report, hashes)
+            if arm is recipe:
+                report |= {key: figures[key] for key in ("losses", "grad_norms", "tokens_per_second")}
         memory = torch.tensor([peak_memory()], dtype=torch.int64, device=self.device)
         if dist.world_size() > 1:
             torch.distributed.all_reduce(memory, op=torch.distributed.ReduceOp.MAX)
@@ -217,28 +216,19 @@ class Run:
                 write_report(self.folder, report)
         return report
 
-    def _arm(
-        self,
-        arm: Recipe,
-        name: str,
-        null_space: NullSpace | WeightNullSpace | None,
-        data: TrainingData,
-        sets: EvaluationSets,
-        report: dict[str, Any],
-        hashes: dict[str, Any],
-    ) -> dict[str, Any]:
+    def _arm(self, arm: Arm, sets: EvaluationSets, report: dict[str, Any], hashes: dict[str, Any]) -> dict[str, Any]:
         """Trains one adapter, measures it and writes it, or takes up what an earlier run of the same left.
 
         Returns:
             The arm's figures, which are in the report as well.
         """
-        own = name == self.recipe.arm_name
+        name, own = arm.name, arm.name == self.recipe.arm_name
         folder = self.folder / ("adapter" if own else f"baselines/{name}")
-        finished = FinishedArm(self.folder, name, folder, arm=arm, hashes=hashes)
+        finished = FinishedArm(self.folder, name, folder, arm=arm.recipe, hashes=hashes)
         figures = finished.read()
         engine = None
         if figures is None:
-            engine, figures = self._train_arm(arm, name, null_space, data, sets, report)
+            engine, figures = self._train_arm(arm, sets, report)
         report["evaluation"].setdefault("base", figures["base"])
         report["evaluation"][name] = figures["scores"]
         report["interference_by_arm"][name] = figures["interference"]
@@ -246,18 +236,7 @@ class Run:
             report |= {"interference": figures["interference"], "adapter": str(folder)}
         if engine is not None:
             with self.phase("export"):
-                export(
-                    engine,
-                    arm,
-                    folder,
-                    report,
-                    texts=self.texts,
-                    evaluated=name,
-                    base=self._fingerprint,
-                    null_space=null_space,
-                    data=data,
-                    device=self.device,
-                )
+                export(engine, arm, folder, report, texts=self.texts, base=self._fingerprint, device=self.device)
             engine.close()
             finished.write(figures | {"seconds": self.seconds})
         else:
@@ -265,30 +244,23 @@ class Run:
             self.seconds = figures["seconds"] | {k: v for k, v in self.seconds.items() if k == "data"}
         return figures
 
-    def _train_arm(
-        self,
-        arm: Recipe,
-        name: str,
-        null_space: NullSpace | WeightNullSpace | None,
-        data: TrainingData,
-        sets: EvaluationSets,
-        report: dict[str, Any],
-    ) -> tuple[Engine, dict[str, Any]]:
+    def _train_arm(self, arm: Arm, sets: EvaluationSets, report: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
         """Loads, trains and measures; the adapter is still in the engine."""
+        section = arm.recipe.train
         with self.phase("load"):
-            engine = start_engine(self.job(arm, null_space), arm)
+            engine = start_engine(self.job(arm.recipe, arm.null_space), arm.recipe)
         base = report["evaluation"].get("base")
         if base is None:
             # Every adapter starts as the base's own function, so the first arm's engine stands for the base.
             with self.phase("evaluation"):
                 base = evaluate(engine, sets, device=self.device)
-        with self.phase("training"), Scalars(self.folder / "tensorboard" / name) as scalars:
+        with self.phase("training"), Scalars(self.folder / "tensorboard" / arm.name) as scalars:
             trained = train(
-                engine, data, arm.train, device=self.device, scalars=scalars, description=f"training {name}"
+                engine, arm.data, section, device=self.device, scalars=scalars, description=f"training {arm.name}"
             )
         with self.phase("evaluation"):
-            scores = evaluate(engine, sets, device=self.device) | {"learning_rate": arm.train.learning_rate}
-            interference = summarise(self.interference(engine, data), self.texts)
+            scores = evaluate(engine, sets, device=self.device) | {"learning_rate": section.learning_rate}
+            interference = summarise(self.interference(engine, arm.data), self.texts)
         return engine, {
             "base": base,
             "scores": scores,

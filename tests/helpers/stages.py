@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nslora_dist import dist
+from nslora_dist.arm_job import Arm
 from nslora_dist.calibration import store
 from nslora_dist.calibration.store import NullSpace
 from nslora_dist.calibration.weights import WeightNullSpace
@@ -58,18 +59,8 @@ class Stage:
             "evaluation": {"base": {}, "arm": {}},
         }
         space = self.null_space
-        export(
-            self.engine,
-            self.recipe,
-            folder,
-            report,
-            texts=self.run.texts,
-            evaluated="arm",
-            base="base",
-            null_space=space,
-            data=self.data,
-            device=self.run.device,
-        )
+        arm = Arm("arm", self.recipe, space, self.data)
+        export(self.engine, arm, folder, report, texts=self.run.texts, base="base", device=self.run.device)
         return folder
 
     def logits(self, ids: Tensor) -> Tensor:
