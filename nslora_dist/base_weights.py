@@ -6,6 +6,7 @@ read once by all of them together, 4-bit weights travel in 4 bits, and quantisin
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable, Iterator
 from math import prod
@@ -106,3 +107,13 @@ def finish(model: PreTrainedModel, *, device: torch.device) -> None:
     fill_rotary(model, device=device)
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def return_freed_memory() -> None:
+    """Gives host memory that was freed back to the system, where the C library is one that would keep it for later.
+
+    glibc raises its threshold for doing so itself up to 32 MB, which is what a unit's weights are made of.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
