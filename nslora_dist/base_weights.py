@@ -26,6 +26,7 @@ PIECE_BYTES = 4 * 2**20
 """Read at a time: a copy out of the mapped file, beside the tensor it goes to."""
 
 
+@torch.no_grad()
 def fill_unit(unit: nn.Module, name: str, checkpoint: Checkpoint, *, device: torch.device) -> None:
     """Gives one unit's base parameters their values on ``device``, 4-bit ones packed; adapters are left alone.
 
@@ -48,7 +49,8 @@ def fill_unit(unit: nn.Module, name: str, checkpoint: Checkpoint, *, device: tor
             read = functools.partial(checkpoint.read, f"{path}.{key}", shape, dtype=dtype, device=device)
             held: Any = getattr(module, key)
             if isinstance(held, DTensor):  # sharded by rows before it was filled
-                _read_rows(read, dist.rows_of(shape[0]), held.detach().to_local())
+                local: Tensor = held.to_local()
+                _read_rows(read, dist.rows_of(shape[0]), local)
             elif isinstance(module, FrozenLinear) and key == "weight" and module.quantized:
                 mine = module.pack(read(rows=dist.rows_of(shape[0])))
                 whole[key] = tuple(dist.gather_rows(part, count=shape[0]) for part in mine)
