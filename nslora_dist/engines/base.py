@@ -93,7 +93,8 @@ def prepare(
     Returns:
         The root module, complete.
     """
-    for name, unit in units(job.model):
+    # Largest first, while nothing else takes room: a 4-bit base's embedding and head are larger than its blocks.
+    for name, unit in sorted(units(job.model), key=lambda named: -_stored_bytes(named[1])):
         empty = shards_empty(name)
         if not empty:
             job.fill(unit, name)
@@ -108,6 +109,10 @@ def prepare(
     if recipe.train.activation_checkpointing:
         job.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return SupervisedModel(job.model)
+
+
+def _stored_bytes(unit: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in unit.parameters())
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
