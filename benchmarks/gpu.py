@@ -62,11 +62,21 @@ QUICK = {"hidden": 128, "intermediate": 256, "layers": 2, "heads": 2, "key_value
 class RandomWeights:
     """Stands in for a checkpoint: every tensor drawn where it is asked for."""
 
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """There is every tensor, of every shape."""
+
     def read(
-        self, name: str, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device, rows: slice
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        rows: slice | None = None,
     ) -> Tensor:
         """Normal with variance 1/d_in; ones for norms."""
-        shape = (rows.stop - rows.start, *shape[1:])
+        if rows is not None:
+            shape = (rows.stop - rows.start, *shape[1:])
         if len(shape) == 1:
             return torch.ones(shape, dtype=dtype, device=device)
         return torch.empty(shape, dtype=dtype, device=device).normal_(0, shape[1] ** -0.5)

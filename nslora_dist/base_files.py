@@ -74,21 +74,33 @@ class Checkpoint:
         Raises:
             UserError: it is not in the checkpoint, or not of the shape that the model's config asks for.
         """
+        file = self.check(name, shape)
+        with self._open(file) as opened:
+            try:
+                # A whole tensor is mapped and not copied where neither dtype nor device change.
+                whole = rows is None or rows == slice(0, shape[0])
+                value = opened.get_tensor(name) if whole else opened.get_slice(name)[rows]
+                return value.to(device=device, dtype=dtype)
+            except SafetensorError as error:
+                raise UserError(f"{self.folder / file}: '{name}' is unreadable ({error})") from error
+
+    def check(self, name: str, shape: tuple[int, ...]) -> str:
+        """The file that holds a tensor of that name and shape; reads its header alone.
+
+        Raises:
+            UserError: no file does, or its tensor has another shape than the model's config asks for.
+        """
         file = self.files.get(name)
         if file is None:
             raise UserError(f"base_model.path {self.folder}: holds no tensor '{name}'{nearest(name, list(self.files))}")
         with self._open(file) as opened:
             try:
-                stored = opened.get_slice(name)
-                found = tuple(stored.get_shape())
-                if found != shape:
-                    raise UserError(f"{self.folder / file}: '{name}' is {found}, the model's config asks for {shape}")
-                # A whole tensor is mapped and not copied where neither dtype nor device change.
-                whole = rows is None or rows == slice(0, shape[0])
-                value = opened.get_tensor(name) if whole else stored[rows]
-                return value.to(device=device, dtype=dtype)
+                found = tuple(opened.get_slice(name).get_shape())
             except SafetensorError as error:
                 raise UserError(f"{self.folder / file}: '{name}' is unreadable ({error})") from error
+        if found != shape:
+            raise UserError(f"{self.folder / file}: '{name}' is {found}, the model's config asks for {shape}")
+        return file
 
     def fingerprint(self) -> str:
         """sha256 over config, index, and every shard's size, header and first and last MiB.

@@ -6,7 +6,10 @@ read once by all of them together, 4-bit weights travel in 4 bits, and quantisin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
+import functools
+from collections.abc import Callable, Iterator
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,9 @@ from nslora_dist.adapter import Adapter
 from nslora_dist.base_files import Checkpoint
 from nslora_dist.frozen import FrozenLinear
 
+PIECE_BYTES = 16 * 2**20
+"""Read at a time: a copy out of the mapped file, beside the tensor it goes to."""
+
 
 def fill_unit(unit: nn.Module, name: str, checkpoint: Checkpoint, *, device: torch.device) -> None:
     """Gives one unit's base parameters their values on ``device``, 4-bit ones packed; adapters are left alone.
@@ -26,26 +32,41 @@ def fill_unit(unit: nn.Module, name: str, checkpoint: Checkpoint, *, device: tor
     Raises:
         UserError: a tensor is missing, unreadable or of another shape; on every rank.
     """
-    mine: dict[str, tuple[Tensor, ...]] = {}
     modules = list(_base_modules(unit, name))
+    # What can be wrong with a checkpoint is found before the ranks wait for each other: opening a file checks its size.
     with dist.together(f"loading {name}"):
         for path, module in modules:
-            for key, shape, dtype in _wanted(module):
-                rows = checkpoint.read(f"{path}.{key}", shape, dtype=dtype, device=device, rows=dist.rows_of(shape[0]))
-                if isinstance(module, FrozenLinear) and key == "weight":
-                    mine[f"{path}.{key}"] = module.pack(rows)
-                else:
-                    mine[f"{path}.{key}"] = (rows,)
+            for key, shape, _ in _wanted(module):
+                checkpoint.check(f"{path}.{key}", shape)
     for path, module in modules:
-        whole = {
-            key: tuple(dist.gather_rows(part, count=shape[0]) for part in mine.pop(f"{path}.{key}"))
-            for key, shape, _ in _wanted(module)
-        }
+        whole: dict[str, tuple[Tensor, ...]] = {}
+        for key, shape, dtype in _wanted(module):
+            read = functools.partial(checkpoint.read, f"{path}.{key}", shape, dtype=dtype, device=device)
+            if isinstance(module, FrozenLinear) and key == "weight" and module.quantized:
+                mine = module.pack(read(rows=dist.rows_of(shape[0])))
+                whole[key] = tuple(dist.gather_rows(part, count=shape[0]) for part in mine)
+            else:
+                whole[key] = (_exchanged(read, shape, dtype=dtype, device=device),)
         if isinstance(module, FrozenLinear):
             module.fill(whole["weight"], whole["bias"][0] if "bias" in whole else None)
             continue
         for key, (value,) in whole.items():
             setattr(module, key, nn.Parameter(value, requires_grad=False))
+
+
+def _exchanged(
+    read: Callable[..., Tensor], shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """A whole tensor of which each rank reads its rows, in pieces, straight to where they belong."""
+    if dist.world_size() == 1:
+        return read()
+    whole = dist.rows_buffer(shape, dtype=dtype, device=device)
+    rows = dist.rows_of(shape[0])
+    step = max(1, PIECE_BYTES // (4 * prod(shape[1:])))
+    for start in range(rows.start, rows.stop, step):
+        piece = slice(start, min(start + step, rows.stop))
+        whole[piece] = read(rows=piece)
+    return dist.complete_rows(whole, count=shape[0])
 
 
 def _wanted(module: nn.Module) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
@@ -86,3 +107,13 @@ def finish(model: PreTrainedModel, *, device: torch.device) -> None:
     fill_rotary(model, device=device)
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def return_freed_memory() -> None:
+    """Gives host memory that was freed back to the system, where the C library is one that would keep it for later.
+
+    glibc raises its threshold for doing so itself up to 32 MB, which is what a unit's weights are made of.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -103,20 +103,30 @@ def rows_of(count: int) -> slice:
     return slice(start, min(start + each, count))
 
 
-def gather_rows(part: Tensor, *, count: int) -> Tensor:
-    """All ``count`` rows of a tensor of which every rank has those that ``rows_of`` gives it.
+def rows_buffer(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room for all rows of a tensor, their number padded to a multiple of the ranks, for ``complete_rows``."""
+    each = -(-shape[0] // world_size())
+    return torch.empty(each * world_size(), *shape[1:], dtype=dtype, device=device)
+
+
+def complete_rows(whole: Tensor, *, count: int) -> Tensor:
+    """Exchanges the rows of a ``rows_buffer`` in which every rank has filled those that ``rows_of`` gives it, in place.
 
     They travel as bytes, so that no dtype's rules touch them.
     """
-    if world_size() == 1:
-        return part
-    each = -(-count // world_size())
-    if len(part) < each:
-        part = torch.cat([part, part.new_zeros(each - len(part), *part.shape[1:])])
-    whole = part.new_empty(each * world_size(), *part.shape[1:])
-    dist.all_gather_into_tensor(whole.view(-1).view(torch.uint8), part.contiguous().view(-1).view(torch.uint8))
+    sent = whole.view(-1).view(torch.uint8)
+    dist.all_gather_into_tensor(sent, sent.view(world_size(), -1)[rank()])
     # A copy where rows were added, or the tensor would keep their room.
     return whole if len(whole) == count else whole[:count].clone()
+
+
+def gather_rows(part: Tensor, *, count: int) -> Tensor:
+    """All ``count`` rows of a tensor of which every rank has those that ``rows_of`` gives it."""
+    if world_size() == 1:
+        return part
+    whole = rows_buffer((count, *part.shape[1:]), dtype=part.dtype, device=part.device)
+    whole[rows_of(count)] = part
+    return complete_rows(whole, count=count)
 
 
 def share(value: object) -> object:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from nslora_dist.base_files import Checkpoint
 from nslora_dist.base_model import blocks
-from nslora_dist.base_weights import empty_unit, fill_rotary, fill_unit
+from nslora_dist.base_weights import empty_unit, fill_rotary, fill_unit, return_freed_memory
 from nslora_dist.batches import Batch
 from nslora_dist.calibration.grams import Collector
 from nslora_dist.frozen import PassThrough
@@ -62,6 +62,7 @@ class BlockStream:
     def release(self, number: int) -> None:
         """Frees block ``number``."""
         empty_unit(self.blocks[number][1])
+        return_freed_memory()  # or a deep model's blocks would pile up in the C library's free lists
 
     @torch.no_grad()
     def run(self, number: int, texts: Texts, collector: Collector) -> None:

@@ -1,6 +1,5 @@
 """What the trainer may ask of an engine, and what an engine is given."""
 
-import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nslora_dist.base_model import units
-from nslora_dist.base_weights import finish
+from nslora_dist.base_weights import finish, return_freed_memory
 from nslora_dist.data import Batch
 from nslora_dist.recipe import Recipe
 from nslora_dist.supervised import SupervisedModel
@@ -96,16 +95,6 @@ def prepare(job: Job, recipe: Recipe, shard: Callable[[str, nn.Module], None]) -
     if recipe.train.activation_checkpointing:
         job.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return SupervisedModel(job.model)
-
-
-def return_freed_memory() -> None:
-    """Gives host memory that was freed back to the system, where the C library is one that would keep it for later.
-
-    glibc raises its threshold for doing so itself up to 32 MB, which is what a unit's weights are made of.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
