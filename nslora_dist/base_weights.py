@@ -20,7 +20,7 @@ from nslora_dist.adapter import Adapter
 from nslora_dist.base_files import Checkpoint
 from nslora_dist.frozen import FrozenLinear
 
-PIECE_BYTES = 16 * 2**20
+PIECE_BYTES = 4 * 2**20
 """Read at a time: a copy out of the mapped file, beside the tensor it goes to."""
 
 
@@ -47,6 +47,7 @@ def fill_unit(unit: nn.Module, name: str, checkpoint: Checkpoint, *, device: tor
                 whole[key] = tuple(dist.gather_rows(part, count=shape[0]) for part in mine)
             else:
                 whole[key] = (_exchanged(read, shape, dtype=dtype, device=device),)
+        return_freed_memory()  # pieces that were read, packed and exchanged
         if isinstance(module, FrozenLinear):
             module.fill(whole["weight"], whole["bias"][0] if "bias" in whole else None)
             continue

@@ -17,6 +17,9 @@ from nslora_dist.errors import UserError
 log = logging.getLogger("nslora_dist")
 T = TypeVar("T")
 
+SMALL_BYTES = 4 * 2**20
+"""Up to this size a second copy of a tensor on a CPU does not matter."""
+
 
 def rank() -> int:
     """This process's rank; 0 outside a process group."""
@@ -114,8 +117,13 @@ def complete_rows(whole: Tensor, *, count: int) -> Tensor:
 
     They travel as bytes, so that no dtype's rules touch them.
     """
-    sent = whole.view(-1).view(torch.uint8)
-    dist.all_gather_into_tensor(sent, sent.view(world_size(), -1)[rank()])
+    parts = whole.view(-1).view(torch.uint8).view(world_size(), -1)
+    if whole.is_cuda or whole.nbytes <= SMALL_BYTES:
+        dist.all_gather_into_tensor(parts.view(-1), parts[rank()])
+    else:
+        # gloo gathers into a copy of its own of everything; it broadcasts in place.
+        for owner, part in enumerate(parts):
+            dist.broadcast(part, src=owner)
     # A copy where rows were added, or the tensor would keep their room.
     return whole if len(whole) == count else whole[:count].clone()
 
