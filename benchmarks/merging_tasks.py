@@ -1,6 +1,6 @@
 """Three adapters of three tasks on the demo's base, merged by every method: what is left of each task, and of the base.
 
-    python benchmarks/merging_tasks.py [--json PATH] [--quick] [--work FOLDER]
+    python benchmarks/merging_tasks.py [--json PATH] [--quick] [--work FOLDER] [--tasks difference new_facts]
 
 Tasks: differences, minima, and facts about new people (``nslora_dist/tiny_tasks.py``). Two kinds of adapters:
 
@@ -123,7 +123,7 @@ def merges(kind: str, tasks: Sequence[str], work: Path, size: dict[str, Any]) ->
 
 def merge(name: str, kind: str, settings: dict[str, Any], tasks: Sequence[str], work: Path) -> dict[str, Any]:
     """Writes one merge's recipe, runs it and gives its report."""
-    folder = work / "merged" / f"{kind}_{name}"
+    folder = work / "_".join(["merged", *tasks]) / f"{kind}_{name}"
     settings = dict(settings)
     own = {"coefficient": settings.pop("coefficient")} if "coefficient" in settings else {}
     tree = settings | {
@@ -131,11 +131,13 @@ def merge(name: str, kind: str, settings: dict[str, Any], tasks: Sequence[str], 
         "adapters": {task: {"path": str(work / "runs" / task / KINDS[kind])} | own for task in tasks},
         "output_dir": str(folder),
     }
-    recipe = work / f"merge_{kind}_{name}.yaml"
+    folder.parent.mkdir(exist_ok=True)
+    recipe = folder.parent / f"{kind}_{name}.yaml"
     recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
     if not folder.exists():
-        launch("merge", recipe.with_suffix(".log"), "--recipe", str(recipe))
-    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        launch("merge", folder.parent / f"{kind}_{name}.log", "--recipe", str(recipe))
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return report | {"folder": folder / "adapter"}
 
 
 def measured(folders: dict[str, Path], tasks: Sequence[str], work: Path, size: dict[str, Any]) -> dict[str, Any]:
@@ -194,7 +196,7 @@ def study(work: Path, args: Any) -> tuple[dict[str, Any], dict[str, Any], str]:
     """Trains, merges, evaluates; figures, settings and the table."""
     size, rows = (QUICK, QUICK_ROWS) if args.quick else (SIZE, ROWS)
     drawn = tiny_tasks.merge_tasks(tiny_world.make_world(0), **rows)
-    tasks = [task for task in drawn if not args.quick or task != "minimum"]
+    tasks = args.tasks or [task for task in drawn if not args.quick or task != "minimum"]
     tiny_tasks.write_tasks(drawn, work / "data")
     for task in tasks:
         recipe = work / f"{task}.yaml"
@@ -209,7 +211,7 @@ def study(work: Path, args: Any) -> tuple[dict[str, Any], dict[str, Any], str]:
         for name, settings in wanted.items():
             report = merge(name, kind, settings, tasks, work)
             assert report["shared_a"] == (kind == "shared_a"), f"{kind}: A is shared where it should not be, or is not"
-            folders[f"{kind}_{name}"] = work / "merged" / f"{kind}_{name}" / "adapter"
+            folders[f"{kind}_{name}"] = report["folder"]
             figures[f"rank_{kind}_{name}"] = report["rank"]
             if report["warnings"]:
                 figures[f"warning_{kind}_{name}"] = " ".join(report["warnings"])
@@ -244,7 +246,10 @@ def main() -> None:
     cli = parser(__doc__)
     cli.add_argument("--quick", action="store_true", help="a toy size, to see that it runs")
     cli.add_argument("--work", type=Path, metavar="FOLDER", help="keep runs and merges here, and take up those there")
+    cli.add_argument("--tasks", nargs="+", choices=["difference", "minimum", "new_facts"], help="at least two")
     args = cli.parse_args()
+    if args.tasks and len(set(args.tasks)) < 2:
+        cli.error("--tasks: a merge needs at least two")
     if args.threads:
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
     with tempfile.TemporaryDirectory() as scratch:
