@@ -10,9 +10,11 @@ import ctypes
 import functools
 from collections.abc import Callable, Iterator
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from nslora_dist import dist
@@ -24,8 +26,11 @@ PIECE_BYTES = 4 * 2**20
 """Read at a time: a copy out of the mapped file, beside the tensor it goes to."""
 
 
+@torch.no_grad()
 def fill_unit(unit: nn.Module, name: str, checkpoint: Checkpoint, *, device: torch.device) -> None:
     """Gives one unit's base parameters their values on ``device``, 4-bit ones packed; adapters are left alone.
+
+    A parameter that is a DTensor already, sharded by rows, is given this rank's; no other rank reads or sends them.
 
     Collective: every rank calls it for the same units in the same order.
 
@@ -42,7 +47,11 @@ def fill_unit(unit: nn.Module, name: str, checkpoint: Checkpoint, *, device: tor
         whole: dict[str, tuple[Tensor, ...]] = {}
         for key, shape, dtype in _wanted(module):
             read = functools.partial(checkpoint.read, f"{path}.{key}", shape, dtype=dtype, device=device)
-            if isinstance(module, FrozenLinear) and key == "weight" and module.quantized:
+            held: Any = getattr(module, key)
+            if isinstance(held, DTensor):  # sharded by rows before it was filled
+                local: Tensor = held.to_local()
+                _read_rows(read, dist.rows_of(shape[0]), local)
+            elif isinstance(module, FrozenLinear) and key == "weight" and module.quantized:
                 mine = module.pack(read(rows=dist.rows_of(shape[0])))
                 whole[key] = tuple(dist.gather_rows(part, count=shape[0]) for part in mine)
             else:
@@ -63,11 +72,17 @@ def _exchanged(
         return read()
     whole = dist.rows_buffer(shape, dtype=dtype, device=device)
     rows = dist.rows_of(shape[0])
-    step = max(1, PIECE_BYTES // (4 * prod(shape[1:])))
-    for start in range(rows.start, rows.stop, step):
-        piece = slice(start, min(start + step, rows.stop))
-        whole[piece] = read(rows=piece)
+    _read_rows(read, rows, whole[rows])
     return dist.complete_rows(whole, count=shape[0])
+
+
+def _read_rows(read: Callable[..., Tensor], rows: slice, target: Tensor) -> None:
+    """Reads some rows into ``target``, a few at a time."""
+    assert len(target) == rows.stop - rows.start, f"{len(target)} rows of room for {rows}"
+    step = max(1, PIECE_BYTES // (4 * prod(target.shape[1:])))
+    for start in range(rows.start, rows.stop, step):
+        stop = min(start + step, rows.stop)
+        target[start - rows.start : stop - rows.start] = read(rows=slice(start, stop))
 
 
 def _wanted(module: nn.Module) -> list[tuple[str, tuple[int, ...], torch.dtype]]:

@@ -22,7 +22,8 @@ class Job:
     Attributes:
         model: adapters attached, nothing materialised.
         fill: materialises one unit (base weights and adapter start) on ``device``; every rank calls it for the same
-            units in the same order, for it may broadcast.
+            units in the same order, for it may broadcast. Parameters that are sharded by rows already are given this
+            rank's rows.
         device: this rank's.
     """
 
@@ -74,22 +75,34 @@ def adapter_dtype(recipe: Recipe, compute: torch.dtype) -> torch.dtype:
     return compute if recipe.engine.name == "zero3" else torch.float32
 
 
-def prepare(job: Job, recipe: Recipe, shard: Callable[[str, nn.Module], None]) -> SupervisedModel:
+def prepare(
+    job: Job,
+    recipe: Recipe,
+    shard: Callable[[str, nn.Module], None],
+    *,
+    shards_empty: Callable[[str], bool] = lambda name: False,
+) -> SupervisedModel:
     """Fills and shards unit by unit, so that no rank ever holds more than its shards and one unit.
 
     Args:
         job: the empty model.
         recipe: for activation checkpointing and compiling.
         shard: keeps this rank's part of a unit just filled and frees the rest.
+        shards_empty: whether a unit is sharded first and filled then, so that it is never whole.
 
     Returns:
         The root module, complete.
     """
     for name, unit in units(job.model):
-        job.fill(unit, name)
+        empty = shards_empty(name)
+        if not empty:
+            job.fill(unit, name)
         if recipe.train.compile and name.startswith("model.layers."):
             unit.compile()  # before it is sharded, so that gathering stays outside of the compiled code
         shard(name, unit)
+        if empty:
+            unit.to_empty(device=job.device)
+            job.fill(unit, name)
         return_freed_memory()
     finish(job.model, device=job.device)
     if recipe.train.activation_checkpointing:

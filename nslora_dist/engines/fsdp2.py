@@ -39,8 +39,12 @@ class Fsdp2Engine:
                 # its gradient in forward. Their backward would gather 2 x 2.1 GB at 70B for nothing.
                 sharded.set_unshard_in_backward(name.startswith("model.layers."))
 
+        def alone(name: str) -> bool:
+            # One frozen weight: a rank reads the rows it keeps, and a 4-bit base's largest unit is never whole.
+            return name == "lm_head" or (name == "model.embed_tokens" and not tied)
+
         self.model = job.model
-        self.root = prepare(job, recipe, shard)
+        self.root = prepare(job, recipe, shard, shards_empty=alone)
         fully_shard(self.root, mesh=mesh, mp_policy=policy)  # in place
         self.optimizer = make_optimizer(self.root, recipe)
         self.max_grad_norm = recipe.train.max_grad_norm

@@ -136,14 +136,15 @@ def _load(recipe: Recipe, shapes: Shapes, cluster: Cluster, knobs: zero3.Knobs) 
     engine, world = recipe.engine.name, cluster.gpus
     gpu, host = memory.state(shapes, world, engine, knobs)
     gpu = {name: size for name, size in gpu.items() if name.endswith(("weights", "scales"))}
-    unit = max(shapes.units, key=lambda u: u.bytes)
+    unit = max(traffic.exchanged_units(shapes, engine), key=lambda u: u.bytes)
     gpu["one whole unit"] = float(unit.bytes) if engine != "single" else 0.0
     if world > 1:
         gpu["own rows of a unit"] = unit.base_bytes / world
     if shapes.quantized:
         gpu["rows to pack"] = shapes.dense_block / world
     texts = traffic.Texts.of(recipe)
-    wire = traffic.start_broadcasts(shapes, texts, world) + traffic.exchange(shapes.units, shapes, world)
+    wire = traffic.start_broadcasts(shapes, texts, world)
+    wire += traffic.exchange(traffic.exchanged_units(shapes, engine), shapes, world)
     if engine == "zero3":
         wire += zero3.start(shapes, world)
     host = {name: size * cluster.ranks_per_node for name, size in host.items()}

@@ -178,6 +178,12 @@ def exchange(units: Sequence[Unit], shapes: Shapes, world_size: int) -> list[Tra
     return [Traffic("all_gather", len(sizes), sum(sizes))]
 
 
+def exchanged_units(shapes: Shapes, engine: str) -> list[Unit]:
+    """Units that are whole on a rank before they are sharded: all but FSDP2's embedding and head (``Fsdp2Engine``)."""
+    own = {"lm_head"} if shapes.tied else {"lm_head", "model.embed_tokens"}
+    return [unit for unit in shapes.units if engine != "fsdp2" or unit.name not in own]
+
+
 def fsdp2_units(shapes: Shapes) -> list[Unit]:
     """FSDP2's parameter groups: every unit on its own, but the final norm and a tied embedding with the root's."""
     root = [u for u in shapes.units if u.name == "model.norm" or (shapes.tied and u.name == "model.embed_tokens")]

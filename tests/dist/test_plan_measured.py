@@ -194,7 +194,7 @@ def test_fsdp2_traffic(tmp_path: Path, case: str, family: str) -> None:
     texts = traffic.Texts.of(recipe)
     for found in run_ranks(measure_traffic, 2, recipe):
         assert found["calibrate"] == as_counts(traffic.calibration(shapes, texts, 2))
-        read = traffic.exchange(shapes.units, shapes, 2)
+        read = traffic.exchange(traffic.exchanged_units(shapes, "fsdp2"), shapes, 2)
         assert found["load"] == as_counts(traffic.start_broadcasts(shapes, texts, 2) + read)
         one = traffic.fsdp2_micro_batch(shapes, 2)
         assert found["micro_batches"] == as_counts(traffic.times(one, found["count"]))
