@@ -108,7 +108,7 @@ def write_report(run: Path, report: Mapping[str, Any]) -> None:
             {threshold, dim, left_out, modules}}, as ``WeightNullSpace.facts``).
     """
     run.mkdir(parents=True, exist_ok=True)
-    clean = _strict(report)
+    clean = strict(report)
     write_json(run / "report.json", clean)
     drawn = draw_plots(run / "plots", clean)
     write_text(run / "report.md", _markdown(clean, drawn))
@@ -116,7 +116,7 @@ def write_report(run: Path, report: Mapping[str, Any]) -> None:
 
 def summary_table(report: Mapping[str, Any]) -> str:
     """The arms' table that a person reads in the terminal at the end, aligned, with what it comes to below."""
-    report = _strict(report)
+    report = strict(report)
     header, rows = _arms(report)
     if not rows:
         return "no arm was evaluated"
@@ -141,14 +141,14 @@ def written_paths(run: Path) -> str:
     return "\n".join(f"{what:<19} {path}" for what, path in found)
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
     """``value`` as strict JSON can hold it: no NaN, no infinity, no tensors, no paths, text as keys."""
     if isinstance(value, Mapping):
-        return {str(key): _strict(inner) for key, inner in value.items()}
+        return {str(key): strict(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(inner) for inner in value]
+        return [strict(inner) for inner in value]
     if isinstance(value, Tensor) or hasattr(value, "item"):  # numpy's numbers have .item too
-        return _strict(value.tolist())
+        return strict(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return str(value) if isinstance(value, os.PathLike) else value

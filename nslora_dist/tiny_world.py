@@ -131,33 +131,33 @@ def make_world(
     names = rng.sample([f"{first} {last}" for first in first_names for last in last_names], people)
     facts = tuple((name, relation, rng.choice(answers[relation])) for name in names for relation in RELATIONS)
 
-    pretraining = {"facts": [row for fact in facts for row in _fact_rows(fact)]}
-    retention = {"facts": [rng.choice(_fact_rows(fact)) for fact in facts]}
+    pretraining = {"facts": [row for fact in facts for row in fact_rows(fact)]}
+    retention = {"facts": [rng.choice(fact_rows(fact)) for fact in facts]}
     pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     for skill, (operation, phrasing) in SKILLS.items():
-        rows = [_number_row(phrasing, a, b, operation(a, b)) for a, b in _draw(rng, pairs, len(pairs), what=skill)]
-        retention[skill], pretraining[skill] = _split(rows, skill_test_rows, what=f"skill_test_rows of {skill}")
+        rows = [number_row(phrasing, a, b, operation(a, b)) for a, b in draw(rng, pairs, len(pairs), what=skill)]
+        retention[skill], pretraining[skill] = split(rows, skill_test_rows, what=f"skill_test_rows of {skill}")
 
     # The larger number stands first: the new skill is then one operation and not three (compare, swap, subtract).
     ordered = [(a, b) for a, b in pairs if a >= b]
-    drawn = _draw(rng, ordered, task_train_rows + task_test_rows, what="task_train_rows + task_test_rows")
-    task_rows = [_number_row(TASK_PHRASING, a, b, a - b) for a, b in drawn]
-    task_test, task_train = _split(task_rows, task_test_rows, what="task_test_rows")
+    drawn = draw(rng, ordered, task_train_rows + task_test_rows, what="task_train_rows + task_test_rows")
+    task_rows = [number_row(TASK_PHRASING, a, b, a - b) for a, b in drawn]
+    task_test, task_train = split(task_rows, task_test_rows, what="task_test_rows")
 
     # Half of the people are never named in calibration: the probe shows if what is kept reaches beyond.
     half = set(names[: people // 2])
-    seen = [text_of(row) for fact in facts if fact[0] in half for row in _fact_rows(fact)]
-    unseen = [text_of(row) for fact in facts if fact[0] not in half for row in _fact_rows(fact)]
+    seen = [text_of(row) for fact in facts if fact[0] in half for row in fact_rows(fact)]
+    unseen = [text_of(row) for fact in facts if fact[0] not in half for row in fact_rows(fact)]
     skill_texts = {skill: [text_of(row) for row in pretraining[skill]] for skill in SKILLS}
     shares = {"sum": calibration_rows - calibration_rows // 2, "maximum": calibration_rows // 2}
-    arithmetic = [text for skill in SKILLS for text in _draw(rng, skill_texts[skill], shares[skill], what=skill)]
+    arithmetic = [text for skill in SKILLS for text in draw(rng, skill_texts[skill], shares[skill], what=skill)]
     rng.shuffle(arithmetic)
     calibration = {
-        "facts": _draw(rng, seen, calibration_rows, what="calibration_rows of facts"),
+        "facts": draw(rng, seen, calibration_rows, what="calibration_rows of facts"),
         "arithmetic": arithmetic,
     }
-    probes = {skill: _draw(rng, skill_texts[skill], probe_rows, what=f"probe_rows of {skill}") for skill in SKILLS}
-    probes["facts_unseen"] = _draw(rng, unseen, probe_rows, what="probe_rows of facts")
+    probes = {skill: draw(rng, skill_texts[skill], probe_rows, what=f"probe_rows of {skill}") for skill in SKILLS}
+    probes["facts_unseen"] = draw(rng, unseen, probe_rows, what="probe_rows of facts")
 
     words = {word for rows in pretraining.values() for row in rows for word in text_of(row).split(" ")}
     words |= set(TASK_PHRASING.format(a="", b="").split())
@@ -233,25 +233,25 @@ def _invent_words(rng: random.Random, count: int, *, suffix: str, taken: set[str
     return words
 
 
-def _fact_rows(fact: tuple[str, str, str]) -> list[Row]:
+def fact_rows(fact: tuple[str, str, str]) -> list[Row]:
     """Says a fact in each of its relation's phrasings."""
     name, relation, answer = fact
     return [{"prompt": phrasing.format(name=name), "response": answer} for phrasing in RELATIONS[relation][2]]
 
 
-def _number_row(phrasing: str, a: int, b: int, result: int) -> Row:
+def number_row(phrasing: str, a: int, b: int, result: int) -> Row:
     """Asks for a result in words and digits."""
     return {"prompt": phrasing.format(a=spell(a), b=spell(b)), "response": spell_reversed(result)}
 
 
-def _draw(rng: random.Random, pool: list, count: int, *, what: str) -> list:
+def draw(rng: random.Random, pool: list, count: int, *, what: str) -> list:
     """Draws `count` different items, or says which argument asked for too many."""
     if not 0 <= count <= len(pool):
         raise ValueError(f"{what}: {count} rows asked for, this world holds {len(pool)}; ask for fewer")
     return rng.sample(pool, count)
 
 
-def _split(rows: list[Row], first: int, *, what: str) -> tuple[list[Row], list[Row]]:
+def split(rows: list[Row], first: int, *, what: str) -> tuple[list[Row], list[Row]]:
     """Splits rows in the first `first` and the others, neither empty."""
     if not 1 <= first < len(rows):
         raise ValueError(f"{what}={first}: must be at least 1 and below {len(rows)}")

@@ -19,6 +19,23 @@ log = logging.getLogger("nslora_dist")
 
 
 @dataclass(frozen=True)
+class StoredLora:
+    """A LoRA folder as it lies on disk.
+
+    Attributes:
+        factors: module name → A (r, d_in) and B (d_out, r) in the file's dtype, on the CPU.
+        scales: module name → s in ΔW = s B A (alpha / r, rsLoRA, patterns).
+        heads: tensors of the modules that were saved whole.
+        config: contents of ``adapter_config.json``.
+    """
+
+    factors: dict[str, Factors]
+    scales: dict[str, float]
+    heads: dict[str, Tensor]
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Task:
     """One adapter.
 
@@ -57,33 +74,49 @@ def read_tasks(recipe: MergeRecipe) -> list[Task]:
 
 
 def _read(name: str, folder: Path) -> Task:
-    where = f"adapters.{name}.path {folder}"
+    stored = read_stored(f"adapters.{name}.path {folder}", folder)
+    factors = {
+        module: Factors(pair.lora_a.float(), pair.lora_b.float() * stored.scales[module])
+        for module, pair in stored.factors.items()
+    }
+    return Task(name, factors, stored.heads, stored.config, read_provenance(folder), read_update_grams(folder))
+
+
+def read_stored(where: str, folder: Path) -> StoredLora:
+    """Reads one PEFT LoRA folder, whoever wrote it.
+
+    Args:
+        where: what messages call it.
+        folder: the adapter's.
+
+    Raises:
+        UserError: no readable LoRA adapter, or one that is no sum of low-rank updates of plain linears.
+    """
     if not folder.is_dir():
         raise UserError(f"{where}: no such folder; give the folder of a PEFT adapter")
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(f"{where}: no adapter there, it holds no {CONFIG_FILE}; give the folder of a PEFT adapter")
     heads: dict[str, Tensor] = {}
-    found, config = read_adapter(folder, heads=heads)
+    factors, config = read_adapter(folder, heads=heads)
     if config.get("use_dora"):
-        raise UserError(f"{where}: is a DoRA adapter (use_dora), which is no sum of low-rank updates; merge plain LoRA")
+        raise UserError(f"{where}: is a DoRA adapter (use_dora), which is no sum of low-rank updates; use plain LoRA")
     if config.get("fan_in_fan_out"):
         # A transposed weight would take a transposed update, and a square one would not even give itself away.
-        raise UserError(f"{where}: adapts layers with transposed weights (fan_in_fan_out); only nn.Linear is merged")
+        raise UserError(f"{where}: adapts layers with transposed weights (fan_in_fan_out); only nn.Linear is read")
     for key, rank in (config.get("rank_pattern") or {}).items():
         if not isinstance(rank, int) or rank < 1:
             raise UserError(
                 f"{where}: rank_pattern gives '{key}' the rank {rank}; a rank is 1 or more: export it again"
             )
-    factors = {}
-    for module, pair in found.items():
+    scales = {}
+    for module, pair in factors.items():
         try:
-            scale = float(module_scale(config, module, pair.rank))
+            scales[module] = float(module_scale(config, module, pair.rank))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{where}: {CONFIG_FILE} has no usable lora_alpha for {module}") from error
-        if not math.isfinite(scale):
-            raise UserError(f"{where}: the scale of {module} is {scale}; mend lora_alpha in {CONFIG_FILE}")
-        factors[module] = Factors(pair.lora_a.float(), pair.lora_b.float() * scale)
-    return Task(name, factors, heads, config, read_provenance(folder), read_update_grams(folder))
+        if not math.isfinite(scales[module]):
+            raise UserError(f"{where}: the scale of {module} is {scales[module]}; mend lora_alpha in {CONFIG_FILE}")
+    return StoredLora(factors, scales, heads, config)
 
 
 def compare(tasks: Sequence[Task], allowed: Sequence[str]) -> None:

@@ -26,6 +26,7 @@ TOYS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     ),
     "scaling": (["--ranks", "1"], ("calibration_memory_depth_ratio", "seconds_step_1ranks_2blocks")),
     "merging": ([], ("saved_memory_over_dense_k2_r4", "step_time_over_dense_k2_r8", "bytes_updates_growth_factored")),
+    "merging_tasks": ([], ("retention_lora_arithmetic_0.5", "retention_shared_a_gram", "rms_interference_lora_ties_1")),
     "gpu": (
         ["--case", "llama3_70b_nf4"],
         ("seconds_calibration_llama3_70b_nf4", "share_of_matrix_rate_step_llama3_70b_nf4"),
