@@ -14,7 +14,7 @@ from nslora_dist.base_config import load_config
 from nslora_dist.base_files import Checkpoint, locate
 from nslora_dist.errors import UserError
 from nslora_dist.export import Factors, write_adapter
-from nslora_dist.merge_recipe import MergeRecipe, NscSection
+from nslora_dist.merge_recipe import SPARSE, MergeRecipe, NscSection
 from nslora_dist.merge_report import draw_profile, merge_summary
 from nslora_dist.merging.blocks import block_of
 from nslora_dist.merging.full_model import add_update, checkpoint_names, copy_base
@@ -65,6 +65,14 @@ def run_merge(recipe: MergeRecipe, device: torch.device) -> None:
         )
         report["warnings"].append(said)
         log.info("%s", said)
+    if recipe.method in SPARSE and shared:
+        # Dropping entries of ΔW = B A leaves the rows of A: measured, it undoes what a null-space A protects.
+        said = (
+            f"method {recipe.method}: the adapters share A, and a trimmed ΔW does not stay on its rows, so neither in "
+            "a null space; use method gram, or arithmetic, which is exact at rank r"
+        )
+        report["warnings"].append(said)
+        log.warning("%s", said)
     with dist.together("writing the merge"):
         if dist.is_main():
             _write(recipe, tasks, folder, report, device=device, coefficients=coefficients, started=started)

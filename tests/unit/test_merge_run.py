@@ -250,6 +250,8 @@ def test_gram_merge_uses_what_lies_beside_the_adapters(tmp_path: Path) -> None:
         write_update_grams(tmp_path / name, grams[-1])
     _, report = merge(tmp_path, tmp_path / "out", method="gram", no_base=True)
     assert report["shared_a"] and not report["warnings"]
+    _, trimmed = merge(tmp_path, tmp_path / "ties", method="ties", target_rank=4, no_base=True)
+    assert "does not stay on its rows" in trimmed["warnings"][0]
     found, _ = read_adapter(tmp_path / "out/adapter")
     for module, pair in found.items():
         scale = 2.0  # alpha 8, rank 4
