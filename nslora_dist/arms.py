@@ -15,7 +15,9 @@ log = logging.getLogger("nslora_dist")
 VOLATILE: Any = {
     "output_dir": True,
     "name": True,
-    "engine": {"config"},
+    "engine": {"config", "timeout_seconds"},
+    "checkpoint": True,
+    "resume": True,
     "train": {"log_every"},
     "evaluation": {"baselines"},
 }

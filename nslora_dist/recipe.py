@@ -205,6 +205,7 @@ class TrainSection(Section):
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of each decoder block; its first steps take minutes
     seed: int = 0
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 3  # in a row, for a loss or gradient that is not finite
     log_every: Count = 10
     update_grams: bool | None = None  # C = A G Aᵀ of the task beside the adapter, for merging; default: for lora_null
 
@@ -239,6 +240,15 @@ class EngineSection(Section):
 
     name: Literal["zero3", "fsdp2", "single"] = "zero3"
     config: str | None = None
+    timeout_seconds: Annotated[float, Field(ge=1.0)] = 1800.0  # without any progress: then a rank is missing
+
+
+class CheckpointSection(Section):
+    """When the state of training is written, how much of it is kept, and how long a pre-empted job takes to leave."""
+
+    every: Count | None = 100  # optimizer steps; null writes only at the end of training and on SIGTERM
+    keep_last: Count = 2
+    grace_seconds: Positive = 25.0  # torchrun and deepspeed kill what is left 30 s after passing SIGTERM on
 
 
 class Baseline(Section):
@@ -268,6 +278,8 @@ class Recipe(Section):
     train: TrainSection
     engine: EngineSection = EngineSection()
     evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    resume: Literal["auto", "never"] = "auto"  # the same command again continues what the run folder holds
     output_dir: str
 
     @model_validator(mode="after")

@@ -10,6 +10,9 @@ from nslora_dist import artifacts, dist
 from nslora_dist.errors import UserError
 from nslora_dist.recipe import Recipe
 
+VOLATILE = ("engine", "checkpoint", "resume", "output_dir", "train.log_every", "base_model.config")
+"""What may differ between two starts of one run: none of it changes a number."""
+
 
 def claim_folder(recipe: Recipe) -> None:
     """Makes the run folder this recipe's own; another recipe's, or somebody's files, are left alone.
@@ -48,5 +51,5 @@ def _differences(theirs: Any, ours: Any, path: str = "") -> Iterator[str]:
         return
     for key in theirs.keys() | ours.keys():
         here = f"{path}.{key}" if path else str(key)
-        if here not in ("engine", "output_dir", "train.log_every", "base_model.config"):
+        if here not in VOLATILE:
             yield from _differences(theirs.get(key), ours.get(key), here)
