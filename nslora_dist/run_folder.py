@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from nslora_dist import artifacts, dist
-from nslora_dist.errors import UserError
+from nslora_dist.errors import StorageError, UserError
 from nslora_dist.recipe import Recipe
 
 VOLATILE = ("engine", "checkpoint", "resume", "output_dir", "train.log_every", "base_model.config")
@@ -41,7 +41,7 @@ def claim_folder(recipe: Recipe) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             artifacts.write_text(known, recipe.to_yaml())
         except OSError as error:
-            raise UserError(f"output_dir {folder}: cannot be written ({error.strerror})") from error
+            raise StorageError(f"output_dir {folder}: cannot be written ({error.strerror})") from error
 
 
 def _differences(theirs: Any, ours: Any, path: str = "") -> Iterator[str]:
