@@ -85,6 +85,14 @@ class Job:
         """The rank's lines for the person."""
         return [line for line in self.errors(rank).splitlines() if line.startswith("error: ")]
 
+    def places(self, rank: int) -> list[dict[str, Any]]:
+        """Where the rank has been so far: the whole lines of its ``.place``."""
+        path = self.folder / f"{rank}.place"
+        if not path.is_file():
+            return []
+        whole = path.read_text().rpartition("\n")[0]
+        return [json.loads(line) for line in whole.splitlines()]
+
 
 class Zygote:
     """The server of ``zygote.py``; a context."""
@@ -103,13 +111,24 @@ class Zygote:
         self._text = b""
         self.ready = False
 
-    def job(self, folder: Path, *argv: str, world_size: int = 2, user: int | None = None, **env: str) -> Job:
+    def job(
+        self,
+        folder: Path,
+        *argv: str,
+        output: Path,
+        world_size: int = 2,
+        strike: dict[str, Any] | None = None,
+        user: int | None = None,
+        **env: str,
+    ) -> Job:
         """Starts ``argv`` (a script of ``launch/`` and its arguments) on ``world_size`` ranks, and waits for their start.
 
         Args:
             folder: for what the ranks print, made if need be.
             argv: the script, from the clone's root, and its arguments.
+            output: the run's folder.
             world_size: the number of ranks.
+            strike: where a rank kills itself or the launcher, as in ``place.record``.
             user: the user the ranks run as, if not this one.
             env: more for the ranks' environment.
         """
@@ -123,6 +142,8 @@ class Zygote:
             "argv": argv,
             "world_size": world_size,
             "folder": str(folder),
+            "output": str(output),
+            "strike": strike,
             "env": {"MASTER_PORT": free_port()} | env,
         }
         if user is not None:

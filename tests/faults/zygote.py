@@ -1,6 +1,7 @@
 """Ranks without the seconds that their imports take: one process imports everything once and forks them.
 
-Run as a script. A line on stdin asks for a job: ``{"job", "argv", "world_size", "folder", "env", "user"?}``. The server
+Run as a script. A line on stdin asks for a job: ``{"job", "argv", "world_size", "folder", "env", "output", "strike",
+"user"?}`` (see ``place.py``). The server
 forks a launcher, which forks the ranks and does nothing but wait for them, as a launcher that never interferes: whatever
 the ranks do about the death of one of them is their own doing. Each rank runs ``launch/train.py`` as ``__main__``, in the
 environment that ``torchrun`` would give it, and leaves by the interpreter's own exit. Lines on stdout tell of pids and
@@ -149,6 +150,7 @@ def _become(job: dict[str, Any], rank: int) -> str:
         "WORLD_SIZE": str(job["world_size"]),
         "LOCAL_WORLD_SIZE": str(job["world_size"]),
         "MASTER_ADDR": "127.0.0.1",
+        "TORCHELASTIC_RUN_ID": "forked",  # as under torchrun, the ranks end when their launcher does
     }
     os.environ |= job["env"]
     os.chdir(ROOT)
@@ -156,6 +158,9 @@ def _become(job: dict[str, Any], rank: int) -> str:
         os.setgroups([])
         os.setgid(job["user"])
         os.setuid(job["user"])
+    from place import record
+
+    record(folder, rank, job["output"], job["strike"])
     script, *arguments = job["argv"]
     sys.argv = [script, *arguments]
     return str(script)
