@@ -1,7 +1,6 @@
 """A toy world, ranks to kill, and the figures of ``make faults``."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,12 +8,9 @@ import pytest
 import yaml
 
 from faults.jobs import Zygote
-from faults.kill import Outcome, Range, summary
+from faults.kill import FULL, Range, outcomes, summary
 from helpers.launching import ROOT, World
 from helpers.world import make_base, make_recipe, make_texts
-
-FULL = os.environ.get("NSLORA_FAULTS") == "full"
-outcomes: list[Outcome] = []
 
 
 @pytest.fixture(scope="session")

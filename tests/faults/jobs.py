@@ -121,7 +121,7 @@ class Zygote:
         user: int | None = None,
         **env: str,
     ) -> Job:
-        """Starts ``argv`` (a script of ``launch/`` and its arguments) on ``world_size`` ranks, and waits for their start.
+        """Starts ``argv``, a script of ``launch/`` and its arguments, on ``world_size`` ranks.
 
         Args:
             folder: for what the ranks print, made if need be.

@@ -1,11 +1,12 @@
-"""SIGKILL of a rank or of the launcher at a chosen or random moment, what the others do, and what the same command does next.
+"""SIGKILL of a rank or the launcher at some moment, what the others do about it, and what the same command does next.
 
-A ``Case`` is made from a seed, so that a failing one can be tried again by its name. The moment is drawn from the time that
+A ``Case`` is made from a seed, so that a failing one can be tried again. Its moment is drawn from the time that
 an uninterrupted run of the same engine spent in the case's phase, or is a file operation of that phase.
 """
 
 import hashlib
 import json
+import os
 import random
 import re
 import time
@@ -17,6 +18,10 @@ from typing import Any
 
 from faults.jobs import HANG, Hangs, Job, Who, Zygote
 from nslora_dist.errors import EXIT_RANK_LOST
+
+FULL = os.environ.get("NSLORA_FAULTS") == "full"
+outcomes: list["Outcome"] = []
+"""What this session has tried, for the figures."""
 
 PHASES = {
     "texts": r"^data",
@@ -35,7 +40,7 @@ FILES = {"checkpoint": "checkpoints/", "solve": "null_space", "export": "adapter
 """Phase → what the files are called that are written in it."""
 
 END_SECONDS = 30.0
-"""Within this time of a kill everything else ends, on an idle machine; tests allow ``HANG``, and the figures are measured."""
+"""Stated in the README: the others have ended this long after a kill. Tests allow ``HANG``; what is measured is reported."""
 
 
 @dataclass(frozen=True)
@@ -280,7 +285,7 @@ def short_cases() -> list[Case]:
 
 
 def all_cases() -> list[Case]:
-    """Every phase, engine and victim; some at a file operation, some struck again while they resume, some on three ranks."""
+    """Every phase, engine and victim; some at a file operation, some struck again as they resume, some on three ranks."""
     cases: list[Case] = short_cases()
     number = 0
     for engine in ("zero3", "fsdp2"):
@@ -315,6 +320,6 @@ def summary(outcomes: list[Outcome]) -> str:
     same = sum(not outcome.different for outcome in outcomes)
     lines.append(
         f"\n{kills} kills in {len(outcomes)} runs; the others ended within {max(longest.values(), default=0.0):.1f} s; "
-        f"{same} of {len(outcomes)} runs finished with the uninterrupted run's adapters, losses and evaluation, to the bit."
+        f"{same} of {len(outcomes)} finished with the adapters, losses and evaluation of the uninterrupted run, to the bit."
     )
     return "\n".join(lines)

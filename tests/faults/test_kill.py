@@ -2,8 +2,7 @@
 
 import pytest
 
-from faults.conftest import FULL, outcomes
-from faults.kill import Case, Range, all_cases, check, short_cases
+from faults.kill import FULL, Case, Range, all_cases, check, outcomes, short_cases
 
 
 @pytest.mark.parametrize("case", all_cases() if FULL else short_cases(), ids=lambda case: case.name)
