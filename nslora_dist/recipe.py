@@ -205,7 +205,7 @@ class TrainSection(Section):
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of each decoder block; its first steps take minutes
     seed: int = 0
-    max_skipped_steps: Annotated[int, Field(ge=0)] = 3  # in a row, for a loss or gradient that is not finite
+    stop_after_skipped: Count = 3  # steps in a row whose loss or gradient is not finite: each is skipped, then it ends
     log_every: Count = 10
     update_grams: bool | None = None  # C = A G Aᵀ of the task beside the adapter, for merging; default: for lora_null
 
