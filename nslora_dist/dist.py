@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nslora_dist import watch
 from nslora_dist.errors import UserError
 
 log = logging.getLogger("nslora_dist")
@@ -158,6 +159,18 @@ def barrier() -> None:
     """Waits for every rank."""
     if world_size() > 1:
         dist.barrier()
+
+
+def stopping() -> bool:
+    """Whether any rank was asked to stop; collective, for boundaries where all of them can."""
+    mine = watch.stop_asked()
+    if world_size() == 1:
+        return mine
+    asked = torch.tensor([int(mine)], dtype=torch.int32)  # on the CPU, over gloo, whatever the device
+    dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+    if asked.item() and not mine:
+        watch.ask_stop("another rank")
+    return bool(asked.item())
 
 
 @contextmanager

@@ -1,0 +1,104 @@
+"""What this rank is doing, and whether it was asked to stop: read by log records, heartbeats and the other ranks.
+
+Plain values that one thread, the main one, writes and others read; nothing here waits or touches a file.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass
+class _Frame:
+    name: str
+    since: float
+    progress: str = ""
+
+
+@dataclass(frozen=True)
+class Current:
+    """A rank's place in its work.
+
+    ``count`` grows with every unit of work and every phase that begins or ends: the same twice is a standstill.
+    """
+
+    phase: str
+    progress: str
+    seconds: float
+    count: int
+
+    def __str__(self) -> str:
+        return ", ".join(part for part in (self.phase, self.progress) if part)
+
+
+class _State:
+    frames: tuple[_Frame, ...] = (_Frame("starting", time.monotonic()),)
+    count = 0
+    stop: str | None = None
+    saved: str | None = None
+
+
+_state = _State()
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Names what follows, for logs, heartbeats and messages; phases nest, and the innermost one's progress is shown."""
+    before = _state.frames
+    # "starting" is what a rank does before its first phase, and no part of any.
+    outer = before if before[0].name != "starting" else ()
+    _state.frames = (*outer, _Frame(name, time.monotonic()))
+    _state.count += 1
+    try:
+        yield
+    except BaseException:
+        # The phase stays: what is said about the failure, further out, names it.
+        raise
+    else:
+        _state.frames = before
+        _state.count += 1
+
+
+def progress(text: str) -> None:
+    """Says that another unit of work was begun, as in ``step 7 of 400, micro-batch 1``; cheap enough for any loop."""
+    _state.frames[-1].progress = text
+    _state.count += 1
+
+
+def current() -> Current:
+    """Phase, progress, seconds in this phase, and the count of units of work."""
+    frames = _state.frames
+    names = " / ".join(frame.name for frame in frames)
+    return Current(names, frames[-1].progress, time.monotonic() - frames[-1].since, _state.count)
+
+
+def saved(what: str) -> None:
+    """Names the state on disk that the same command would continue from, as in ``checkpoints/step-300``."""
+    _state.saved = what
+
+
+def continues_from() -> str:
+    """What the same command continues from, for a message."""
+    return _state.saved or "what output_dir holds"
+
+
+def ask_stop(why: str) -> None:
+    """Asks this rank to stop at its next boundary; ``dist.stopping`` tells the others."""
+    _state.stop = _state.stop or why
+
+
+def stop_asked() -> bool:
+    """Whether this rank was asked to stop; the ranks agree on it in ``dist.stopping``."""
+    return _state.stop is not None
+
+
+def why_stop() -> str:
+    """Who asked this rank to stop, as in ``SIGTERM``."""
+    return _state.stop or "another rank"
+
+
+def reset() -> None:
+    """Forgets everything, for the next run in one process."""
+    _state.frames, _state.count = (_Frame("starting", time.monotonic()),), 0
+    _state.stop = _state.saved = None
