@@ -120,6 +120,21 @@ def replace_folder(target: Path) -> Iterator[Path]:
     Raises:
         UserError: ``target`` is a file.
     """
+    partial = open_partial(target)
+    try:
+        yield partial
+        take_place(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def open_partial(target: Path) -> Path:
+    """The first half of ``replace_folder``, for contents that come from several processes: an empty folder beside it.
+
+    Raises:
+        UserError: ``target`` is a file.
+    """
     target = target.resolve()
     if target.exists() and not target.is_dir():
         raise UserError(f"{target}: is a file, and a folder has to be written there; move it away")
@@ -134,37 +149,57 @@ def replace_folder(target: Path) -> Iterator[Path]:
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir()
+    return partial
+
+
+def take_place(target: Path) -> None:
+    """The second half: the folder that ``open_partial`` gave takes ``target``'s place, whole or not at all."""
+    target = target.resolve()
+    partial, aside = _partial(target), _aside(target)
+    _sync_tree(partial)
+    if target.exists():
+        target.rename(aside)
     try:
-        yield partial
-        _sync_tree(partial)
-        if target.exists():
-            target.rename(aside)
-        try:
-            partial.rename(target)
-        except BaseException:
-            if aside.exists():
-                aside.rename(target)
-            raise
+        partial.rename(target)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if aside.exists():
+            aside.rename(target)
         raise
     _sync(target.parent)
     if aside.exists():
         shutil.rmtree(aside)
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+def remove_folder(target: Path) -> None:
+    """Deletes a folder: renamed first, so that a process that dies in the middle leaves none of that name in parts."""
+    aside = _aside(target)
+    if aside.exists():
+        shutil.rmtree(aside)
+    target.rename(aside)
+    shutil.rmtree(aside)
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file: its SHA-256 and its bytes."""
+    return {"sha256": hash_file(path), "bytes": path.stat().st_size}
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any], *, files: Mapping[str, Any] | None = None) -> None:
     """Writes ``manifest.json``: ``manifest`` and, under ``files``, SHA-256 and bytes of every other file in the folder.
+
+    Args:
+        folder: holds the files.
+        manifest: whatever JSON can say.
+        files: path in the folder → ``file_entry``, where other processes wrote and hashed them already.
 
     Raises:
         ValueError: ``manifest`` has a key ``files`` of its own, or NaN or an infinity somewhere.
     """
     if "files" in manifest:
         raise ValueError("the manifest key 'files' is taken: it lists the folder's files")
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    files = {
-        path.relative_to(folder).as_posix(): {"sha256": hash_file(path), "bytes": path.stat().st_size} for path in paths
-    }
+    if files is None:
+        paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+        files = {path.relative_to(folder).as_posix(): file_entry(path) for path in paths}
     write_json(folder / MANIFEST, {**manifest, "files": files})
 
 
@@ -177,6 +212,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the manifest is missing or broken, or a listed file is missing, truncated or altered.
     """
+    manifest = open_manifest(folder)
+    for name, entry in manifest["files"].items():
+        wrong = fault(folder, name, entry)
+        if wrong:
+            raise UserError(f"{folder / name}: {wrong}; delete {folder} and make it again")
+    return manifest
+
+
+def open_manifest(folder: Path) -> dict[str, Any]:
+    """Reads ``manifest.json`` alone: its files are not looked at, ``fault`` says of each whether it is whole.
+
+    Raises:
+        UserError: the manifest is missing or broken.
+    """
     path = folder / MANIFEST
     if not path.exists():
         left = _aside(folder.resolve())
@@ -186,14 +235,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict):
         raise UserError(f"{path}: lists no files; delete {folder} and make it again")
-    for name, entry in files.items():
-        wrong = _wrong(folder, name, entry)
-        if wrong:
-            raise UserError(f"{folder / name}: {wrong}; delete {folder} and make it again")
     return manifest
 
 
-def _wrong(folder: Path, name: str, entry: Any) -> str:
+def fault(folder: Path, name: str, entry: Any) -> str:
     """What keeps the listed file from being the one that was written; empty if nothing does."""
     if not isinstance(entry, dict) or not {"sha256", "bytes"} <= entry.keys():
         return f"{MANIFEST} does not say its sha256 and bytes"
