@@ -152,6 +152,11 @@ def open_partial(target: Path) -> Path:
     return partial
 
 
+def partial_of(target: Path) -> Path:
+    """The folder that ``open_partial`` makes for ``target``."""
+    return _partial(target.resolve())
+
+
 def take_place(target: Path) -> None:
     """The second half: the folder that ``open_partial`` gave takes ``target``'s place, whole or not at all."""
     target = target.resolve()
@@ -236,6 +241,11 @@ def open_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(files, dict):
         raise UserError(f"{path}: lists no files; delete {folder} and make it again")
     return manifest
+
+
+def listed_files(folder: Path) -> str:
+    """One hash over the hashes of all files that the folder's manifest lists."""
+    return hash_json(open_manifest(folder)["files"])
 
 
 def fault(folder: Path, name: str, entry: Any) -> str:

@@ -24,6 +24,13 @@ The short side of a trained rectangular matrix is well-conditioned: in ``recipes
 directions of gate, up, down, k and v have σ ≤ 0.05 σ_max, and 8 to 80 have σ ≤ 0.1 σ_max.
 """
 
+VOLATILE = (
+    *("engine", "checkpoint", "resume", "output_dir", "base_model.config"),
+    *("calibration.batch_size", "calibration.hidden_states", "evaluation.batch_size"),
+    *("train.micro_batch_size", "train.activation_checkpointing", "train.compile", "train.log_every"),
+)
+"""What may change while a run goes on: how it is computed and where, not what; results differ by rounding at most."""
+
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -338,9 +345,25 @@ class Recipe(Section):
         except ValidationError as error:
             raise ValueError(f"evaluation.baselines.{baseline}: {explain(error, Recipe)}") from error
 
+    def lasting(self) -> dict[str, Any]:
+        """The recipe as JSON without ``VOLATILE``: what two starts of one run have in common."""
+        return without_volatile(self.model_dump(mode="json"))
+
     def to_yaml(self) -> str:
         """The resolved recipe, every default filled in."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def without_volatile(tree: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's tree without ``VOLATILE``; the tree itself stays as it is."""
+    kept = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
+    for name in VOLATILE:
+        section, _, key = name.partition(".")
+        if not key:
+            kept.pop(section, None)
+        elif isinstance(kept.get(section), dict):
+            kept[section].pop(key, None)
+    return kept
 
 
 def check_zero_config(recipe: Recipe) -> dict[str, Any]:

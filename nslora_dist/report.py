@@ -48,7 +48,7 @@ class Scalars:
         if dist.is_main():
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder), purge_step=start or None, flush_secs=10)
+            self._writer = SummaryWriter(str(folder), purge_step=start, flush_secs=10)
 
     def add(self, step: int, values: Mapping[str, float | None]) -> None:
         """Adds each tag's value at ``step``; None is a value that was not measured and leaves no point."""

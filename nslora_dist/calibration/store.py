@@ -48,6 +48,7 @@ class ModuleStart:
 class Stored:
     """Null spaces as they are kept. ``tensors`` is filled on rank 0 alone; the manifest is known everywhere."""
 
+    FOLDER: ClassVar[str]
     FILE: ClassVar[str]
     manifest: dict[str, Any]
     tensors: Mapping[str, Tensor]
@@ -68,6 +69,7 @@ S = TypeVar("S", bound=Stored)
 class NullSpace(Stored):
     """A calibrated null space."""
 
+    FOLDER = "null_space"
     FILE = "null_space.safetensors"
 
     def starts(self, modules: Iterable[str], *, device: torch.device) -> Iterator[tuple[str, ModuleStart]]:

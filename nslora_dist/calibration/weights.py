@@ -43,6 +43,7 @@ log = logging.getLogger("nslora_dist")
 class WeightNullSpace(Stored):
     """The null spaces of all target weights."""
 
+    FOLDER = "weight_null_space"
     FILE = "weight_null_space.safetensors"
 
     def sizes(self, rank: int) -> dict[str, NullSizes]:
@@ -230,7 +231,7 @@ def reuse_or_make(
         ),
     }
     digest = artifacts.hash_json(hashes)
-    folder = run / "weight_null_space"
+    folder = run / WeightNullSpace.FOLDER
     found = store.reusable(folder, digest, WeightNullSpace)
     if found is not None:
         log.info("null spaces of the weights: %s fits base and settings; used again", folder)

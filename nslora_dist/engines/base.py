@@ -220,15 +220,13 @@ def optimizer_shards(model: nn.Module, optimizer: torch.optim.Optimizer) -> list
                 parameter.shape, parameter.device_mesh, parameter.placements
             )
             start = row * parameter.shape[1:].numel()
-            values = {key: value.to_local() for key, value in values.items()}
+            values = {key: value.to_local() for key, value in values.items()}  # type: ignore[attr-defined]
         found.append(Shard(name, tuple(parameter.shape), start, {key: v.view(-1) for key, v in values.items()}))
     return found
 
 
 @torch.no_grad()
-def restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, shards: list[Shard], *, updates: int
-) -> None:
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, shards: list[Shard], *, updates: int) -> None:
     """``Engine.restore`` for the same."""
     for own, given in zip(optimizer_shards(model, optimizer), shards, strict=True):
         assert (own.name, own.start) == (given.name, given.start)

@@ -119,7 +119,8 @@ class Zero3Engine:
     def shards(self) -> list[Shard]:
         """See ``Engine``. DeepSpeed deals a parameter's elements evenly, in order, and pads the last part."""
         found = []
-        for name, parameter in trained_by_name(self.model).items():
+        parameters: dict[str, Any] = trained_by_name(self.model)  # DeepSpeed has hung things of its own on them
+        for name, parameter in parameters.items():
             self._moments(parameter)
             size = parameter.partition_numel()
             start = min(dist.rank() * size, parameter.ds_numel)
@@ -134,7 +135,8 @@ class Zero3Engine:
     def restore(self, shards: list[Shard], *, updates: int) -> None:
         """See ``Engine``. The compute dtype's copies follow from the float32 masters, as after a step."""
         zero = self.engine.optimizer
-        for (name, parameter), shard in zip(trained_by_name(self.model).items(), shards, strict=True):
+        parameters: dict[str, Any] = trained_by_name(self.model)
+        for (name, parameter), shard in zip(parameters.items(), shards, strict=True):
             assert name == shard.name
             self._moments(parameter)["step"].fill_(updates)
             padded = {key: torch.zeros(parameter.partition_numel()) for key in shard.values}
