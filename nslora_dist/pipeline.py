@@ -15,6 +15,7 @@ from nslora_dist.base_config import load_config
 from nslora_dist.base_files import Checkpoint, locate
 from nslora_dist.base_model import build_empty
 from nslora_dist.calibration import store
+from nslora_dist.calibration.parts import Parts
 from nslora_dist.calibration.run import Calibration
 from nslora_dist.calibration.store import NullSpace
 from nslora_dist.calibration.weights import WeightNullSpace, reuse_or_make
@@ -86,6 +87,7 @@ class Run:
         self._check_room(recipe, "calibrate")
         with self.clock.phase("calibration"):
             empty = build_empty(recipe.base_model, self.config)
+            parts = Parts(self.folder / "calibration" / "activations", key["key"])
             calibration = Calibration(
                 empty,
                 self.checkpoint,
@@ -93,12 +95,14 @@ class Run:
                 section=recipe.calibration,
                 adapter=recipe.adapter,
                 device=self.device,
+                parts=parts,
             )
             made = calibration.run(self.texts)
             null_space = NullSpace(manifest=key | made.manifest, tensors=made.tensors)
             with dist.together("writing the null space"):
                 if dist.is_main():
                     store.save(folder, null_space)
+            parts.clear()
         return null_space
 
     def weight_null_space(self, arm: Recipe) -> WeightNullSpace | None:
