@@ -20,9 +20,8 @@ from nslora_dist.card import model_card
 from nslora_dist.engines.base import Engine
 from nslora_dist.errors import UserError
 from nslora_dist.null_lora import NullLoraLinear, confined_factors
+from nslora_dist.provenance import CONFIG_FILE, WEIGHTS_FILE, verify_files
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
 
@@ -183,9 +182,10 @@ def read_adapter(folder: Path, *, heads: dict[str, Tensor] | None = None) -> tup
         Module name to factors, on the CPU in the file's dtype, and the contents of ``adapter_config.json``.
 
     Raises:
-        UserError: a file is missing or damaged, or it holds more than two factors a module (DoRA, biases, saved
+        UserError: a file is missing, damaged or not the one that ``nslora.json`` describes, or it holds more than two factors a module (DoRA, biases, saved
             modules, embeddings): what these add would be lost without a word.
     """
+    verify_files(folder)
     config = read_json(folder / CONFIG_FILE)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{folder / CONFIG_FILE}: peft_type is not LORA; only LoRA adapters can be read")
