@@ -21,6 +21,7 @@ from nslora_dist.engines.base import Engine
 from nslora_dist.errors import UserError
 from nslora_dist.null_lora import NullLoraLinear, confined_factors
 from nslora_dist.provenance import CONFIG_FILE, WEIGHTS_FILE, verify_files
+from nslora_dist.redact import redact
 
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
@@ -161,7 +162,9 @@ def write_adapter(
         tensors[f"base_model.model.{module}.lora_A.weight"] = pair.lora_a
         tensors[f"base_model.model.{module}.lora_B.weight"] = pair.lora_b
     ranks = sorted({pair.rank for pair in factors.values()})
-    text = model_card(location or folder, card, base_model=base_model, revision=revision, ranks=ranks, scale=scale)
+    text = redact(
+        model_card(location or folder, card, base_model=base_model, revision=revision, ranks=ranks, scale=scale)
+    )
     with replace_folder(folder) as partial:
         config.save_pretrained(str(partial))
         save_tensors(partial / WEIGHTS_FILE, tensors)

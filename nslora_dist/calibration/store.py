@@ -144,7 +144,9 @@ def load(folder: Path, kind: type[S] = NullSpace) -> S:  # type: ignore[assignme
         wanted = found.shapes()
         said = "key" if not isinstance(manifest["key"], str) else ""
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # whole, but written by something else
-        raise UserError(f"{folder / artifacts.MANIFEST}: is not a null space's ({error!r}); give another folder") from error
+        raise UserError(
+            f"{folder / artifacts.MANIFEST}: is not a null space's ({error!r}); give another folder"
+        ) from error
     for name, shape in wanted.items():
         tensor = found.tensors.get(name)
         if tensor is None or tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:

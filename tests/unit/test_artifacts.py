@@ -1,6 +1,5 @@
 """What is on disk is the old version or the new one, and a damaged file is told by name."""
 
-import json
 from pathlib import Path
 
 import pytest
