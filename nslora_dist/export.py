@@ -185,8 +185,8 @@ def read_adapter(folder: Path, *, heads: dict[str, Tensor] | None = None) -> tup
         Module name to factors, on the CPU in the file's dtype, and the contents of ``adapter_config.json``.
 
     Raises:
-        UserError: a file is missing, damaged or not the one that ``nslora.json`` describes, or it holds more than two factors a module (DoRA, biases, saved
-            modules, embeddings): what these add would be lost without a word.
+        UserError: a file is missing, damaged or not the one that ``nslora.json`` describes, or it holds more than two
+            factors a module (DoRA, biases, saved modules, embeddings): what these add would be lost without a word.
     """
     verify_files(folder)
     config = read_json(folder / CONFIG_FILE)

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from nslora_dist.recipe import BaseModelSection, Texts
+from nslora_dist.recipe import BaseModelSection, Section, Texts
 from nslora_dist.recipe_file import load_recipe_as
-from nslora_dist.recipe_types import Count, Name, Positive, Section, Seed
+from nslora_dist.recipe_types import Count, Name, Positive, Seed
 from nslora_dist.redact import redact_all
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]

@@ -7,11 +7,11 @@ Every check that needs no weights lives here, so that a wrong recipe ends before
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from nslora_dist.errors import UserError
 from nslora_dist.explain import explain
-from nslora_dist.recipe_types import Count, Fraction, Name, Names, NonNegative, Positive, Section, Seed
+from nslora_dist.recipe_types import Count, Fraction, Name, Names, NonNegative, Positive, Seed
 from nslora_dist.redact import redact_all
 from nslora_dist.zero_file import read_zero_config
 
@@ -25,6 +25,12 @@ NULL_THRESHOLD = 0.1
 The short side of a trained rectangular matrix is well-conditioned: in ``recipes/tiny/base`` no more than 0 to 5
 directions of gate, up, down, k and v have σ ≤ 0.05 σ_max, and 8 to 80 have σ ≤ 0.1 σ_max.
 """
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys and wrong types are errors, and values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class BaseModelSection(Section):

@@ -37,7 +37,8 @@ def load_tokenizer(section: BaseModelSection) -> PreTrainedTokenizerBase:
         UserError: no tokenizer at ``base_model.path``, or one without an end-of-sequence token.
     """
     where = f"base_model.path {section.path}"
-    if not is_local(section.path, key="base_model.path") and _means_a_file(section.path):
+    is_local(section.path, key="base_model.path")
+    if not Path(section.path).exists() and _means_a_file(section.path):
         raise UserError(f"{where}: no such folder; give a local model folder or a hub name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(section.path, revision=section.revision, trust_remote_code=False)
@@ -127,6 +128,7 @@ def one_line(error: BaseException | str, *, limit: int = 200) -> str:
 
 def _open(section: Texts | PromptSet, *, where: str, name: str) -> Dataset:
     path = Path(section.path)
+    is_local(section.path, key=f"{name}.path")
     arguments: dict[str, Any] = {"path": section.path, "name": section.subset}
     if path.is_file():
         if path.suffix not in BUILDERS:
@@ -140,7 +142,7 @@ def _open(section: Texts | PromptSet, *, where: str, name: str) -> Dataset:
         split = re.match(r"\w+", section.split)  # "train" of "train[:100]"
         files = {split.group() if split else "train": str(path)}
         arguments = {"path": BUILDERS[path.suffix], "data_files": files}
-    elif not is_local(section.path, key=f"{name}.path") and _means_a_file(section.path):
+    elif not path.exists() and _means_a_file(section.path):
         raise UserError(f"{where}: no such file or folder; a hub name is written owner/name")
     elif section.path in _PACKAGED_DATASETS_MODULES and not path.exists():
         raise UserError(f"{where}: that is a file format, not a dataset; give a file, or a hub name as owner/name")

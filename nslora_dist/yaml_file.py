@@ -64,7 +64,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """A node; refuses what would take more memory than it has letters, before anything is built from it."""
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        event = self.peek_event()
         self._depth += 1
         if self._depth > MOST_DEPTH:
             raise _refused(f"nested more than {MOST_DEPTH} deep", event)

@@ -76,7 +76,8 @@ class NullSpace(Stored):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors that ``starts`` sends."""
-        rank, found = self.manifest["settings"]["rank"], {}
+        rank = self.manifest["settings"]["rank"]
+        found: dict[str, tuple[int, ...]] = {}
         for module, entry in self.manifest["modules"].items():
             group = entry["group"]
             found[f"{group}.basis"] = (self.manifest["groups"][group]["in_features"], rank)
