@@ -256,7 +256,7 @@ def _examine(folder: Path) -> Found | str:
         return manifest
     files = manifest["files"]
     mine = sorted(files)[dist.rank() :: dist.world_size()]
-    faults = [(name, artifacts.fault(folder, name, files[name])) for name in mine]
+    faults = [(name, artifacts.wrong_file(folder, name, files[name])) for name in mine]
     wrong = next((f"{folder / name}: {what}" for found in dist.gather(faults) for name, what in found if what), None)
     if wrong is not None:
         return wrong

@@ -43,7 +43,7 @@ def write_part(path: Path, shards: list[Shard]) -> dict[str, Any]:
     """
     tensors = {f"{s.name}/{key}/{s.start}": value for s in shards for key, value in s.values.items() if value.numel()}
     artifacts.save_tensors(path, tensors)
-    return artifacts.file_entry(path)
+    return artifacts.describe_file(path)
 
 
 class Pieces:

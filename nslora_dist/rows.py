@@ -11,11 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Value, load_dataset
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nslora_dist import dist
 from nslora_dist.errors import UserError
 from nslora_dist.explain import nearest
+from nslora_dist.named import is_local
 from nslora_dist.recipe import BaseModelSection, PromptSet, Texts
 
 log = logging.getLogger("nslora_dist")
@@ -35,12 +37,11 @@ def load_tokenizer(section: BaseModelSection) -> PreTrainedTokenizerBase:
         UserError: no tokenizer at ``base_model.path``, or one without an end-of-sequence token.
     """
     where = f"base_model.path {section.path}"
+    is_local(section.path, key="base_model.path")
     if not Path(section.path).exists() and _means_a_file(section.path):
         raise UserError(f"{where}: no such folder; give a local model folder or a hub name")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            section.path, revision=section.revision, trust_remote_code=section.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(section.path, revision=section.revision, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the file format at hand raises
         raise UserError(
             f"{where}: no tokenizer could be loaded ({one_line(error)}); "
@@ -127,6 +128,7 @@ def one_line(error: BaseException | str, *, limit: int = 200) -> str:
 
 def _open(section: Texts | PromptSet, *, where: str, name: str) -> Dataset:
     path = Path(section.path)
+    is_local(section.path, key=f"{name}.path")
     arguments: dict[str, Any] = {"path": section.path, "name": section.subset}
     if path.is_file():
         if path.suffix not in BUILDERS:
@@ -142,6 +144,8 @@ def _open(section: Texts | PromptSet, *, where: str, name: str) -> Dataset:
         arguments = {"path": BUILDERS[path.suffix], "data_files": files}
     elif not path.exists() and _means_a_file(section.path):
         raise UserError(f"{where}: no such file or folder; a hub name is written owner/name")
+    elif section.path in _PACKAGED_DATASETS_MODULES and not path.exists():
+        raise UserError(f"{where}: that is a file format, not a dataset; give a file, or a hub name as owner/name")
     level = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises
     try:

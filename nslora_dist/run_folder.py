@@ -1,14 +1,14 @@
 """The run folder: claimed for one recipe, never shared with another's run or somebody's files."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nslora_dist import artifacts, dist, logs
 from nslora_dist.errors import StorageError, UserError
 from nslora_dist.recipe import Recipe, without_volatile
+from nslora_dist.yaml_file import parse_yaml, read_yaml
 
 PARTIAL = ".recipe.yaml.partial"
 """All that a process leaves which dies while it claims a folder."""
@@ -20,8 +20,8 @@ def claim_folder(recipe: Recipe) -> None:
     The engine may differ, for everything in the folder can move between engines.
 
     Raises:
-        UserError: the folder holds something else, or, with ``resume: never``, anything that training left; on every
-            rank.
+        UserError: the folder holds something else, a link to somewhere else, or, with ``resume: never``, anything that
+            training left; on every rank.
     """
     with dist.together("claiming the output folder"):
         if dist.is_main():
@@ -30,9 +30,11 @@ def claim_folder(recipe: Recipe) -> None:
 
 
 def _claim(folder: Path, recipe: Recipe) -> None:
+    refuse_links(folder)
     known = folder / "recipe.yaml"
     if known.is_file():
-        different = sorted(_differences(_read(known), recipe.lasting()))
+        theirs, ours = read_yaml(known), without_volatile(parse_yaml(recipe.to_yaml()))
+        different = sorted(_differences(without_volatile(theirs) if isinstance(theirs, dict) else {}, ours))
         if different:
             raise UserError(
                 f"output_dir {folder}: holds another recipe's run ({', '.join(different[:3])} differ); "
@@ -53,12 +55,20 @@ def _claim(folder: Path, recipe: Recipe) -> None:
         raise StorageError(f"output_dir {folder}: cannot be written ({error.strerror})") from error
 
 
-def _read(known: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(known.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{known}: not readable as YAML; give another output_dir, or move it away") from error
-    return without_volatile(tree) if isinstance(tree, dict) else {}
+def refuse_links(folder: Path) -> None:
+    """Nothing is written through a symbolic link inside a run's folder; the folder itself may be one.
+
+    Raises:
+        UserError: there is a link; the message names it.
+    """
+    for parent, folders, files in os.walk(folder):  # which does not follow links
+        for name in sorted(folders + files):
+            path = Path(parent, name)
+            if path.is_symlink():
+                raise UserError(
+                    f"output_dir {folder}: {path.relative_to(folder)} in it is a symbolic link, and a run writes to no "
+                    "place outside its folder; put a copy there, or remove the link"
+                )
 
 
 def _differences(theirs: Any, ours: Any, path: str = "") -> Iterator[str]:

@@ -47,6 +47,15 @@ class WeightNullSpace(Stored):
     FOLDER = "weight_null_space"
     FILE = "weight_null_space.safetensors"
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors that ``bases`` sends."""
+        return {
+            f"{name}.{side}": (entry[side]["size"], entry[side]["kept"])
+            for name, entry in self.manifest["modules"].items()
+            for side in ("right", "left")
+            if entry[side]["kept"]
+        }
+
     def sizes(self, rank: int) -> dict[str, NullSizes]:
         """Every target module's sizes at the recipe's ``rank``; those without a rank have to be left out.
 

@@ -101,9 +101,7 @@ def _texts(where: str, section: Inputs, tokenizer: PreTrainedTokenizerBase, *, s
 def _tokenizer(base: MergeBase) -> PreTrainedTokenizerBase:
     # Not the one of training: an encoder's tokenizer has no end-of-sequence token, and none is needed here.
     try:
-        return AutoTokenizer.from_pretrained(
-            base.path, revision=base.revision, trust_remote_code=base.trust_remote_code
-        )
+        return AutoTokenizer.from_pretrained(base.path, revision=base.revision, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the file format at hand raises
         raise UserError(
             f"base_model.path {base.path}: no tokenizer could be loaded ({one_line(error)}); inputs.<name>.path may "
