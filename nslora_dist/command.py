@@ -4,12 +4,16 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
-from nslora_dist import dist
+from nslora_dist.quiet import quiet  # before anything that loads PyTorch
+
+# isort: split
+from nslora_dist import dist, logs
 from nslora_dist.dry_run import describe
-from nslora_dist.errors import EXIT_USER_ERROR, UserError
-from nslora_dist.quiet import quiet
+from nslora_dist.errors import UserError
+from nslora_dist.guard import described
 from nslora_dist.recipe_file import load_recipe
 
 COMMON = ("recipe", "dry_run", "local_rank", "overrides")
@@ -34,7 +38,7 @@ def run(
         flags: adds the script's own flags to the command line.
 
     Returns:
-        The exit status: 0, or 2 after a one-line error that the user can mend.
+        The exit status: 0, or one of ``errors.py`` after a one-line error, said by one rank.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--recipe", required=True, help="a name in recipes/, or a path to a YAML file")
@@ -54,10 +58,33 @@ def run(
             if main:
                 print(explain(recipe))
             return 0
-        with dist.process_group() as device:
+    except Exception as error:  # every rank reads the same, and rank 0 says it
+        found = described(error)
+        if main:
+            logs.say(f"error: {found}")
+        return found.status
+    try:
+        with dist.process_group(**_times(recipe)) as device:
             work(recipe, device, **own)
     except UserError as error:
-        if main:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        if not error.silent:
+            logs.say(f"error: {error}")
+        return _end(error.status)
     return 0
+
+
+def _times(recipe: Any) -> dict[str, float]:
+    """The recipe's time-outs; a merge recipe has none."""
+    engine, checkpoint = getattr(recipe, "engine", None), getattr(recipe, "checkpoint", None)
+    times = {} if engine is None else {"timeout_seconds": engine.timeout_seconds}
+    return times if checkpoint is None else times | {"grace_seconds": checkpoint.grace_seconds}
+
+
+def _end(status: int) -> int:
+    """Ends the process at once where its group failed: an orderly end would wait for ranks that are gone."""
+    if dist.failed():
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    return status

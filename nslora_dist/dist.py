@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,8 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nslora_dist import watch
-from nslora_dist.errors import UserError
+from nslora_dist import logs, watch
+from nslora_dist.errors import BY_STATUS, EXIT_BUG, RankLost, UserError, storage_error
+from nslora_dist.guard import HEARTBEAT_SECONDS, Guard
+from nslora_dist.peers import Peers
 
 log = logging.getLogger("nslora_dist")
 T = TypeVar("T")
@@ -51,29 +52,99 @@ def device() -> torch.device:
 
 
 @contextmanager
-def process_group(*, timeout_seconds: float = 1800.0) -> Iterator[torch.device]:
-    """Joins the ranks that ``torchrun`` or ``deepspeed`` started, and leaves them in order.
+def process_group(
+    *, timeout_seconds: float = 1800.0, grace_seconds: float = 25.0, heartbeat_seconds: float = HEARTBEAT_SECONDS
+) -> Iterator[torch.device]:
+    """Joins the ranks that ``torchrun`` or ``deepspeed`` started, guards them, and leaves them in order.
 
     A plain ``python`` start makes a group of one, so that every engine runs there too. Yields this rank's device.
+
+    Args:
+        timeout_seconds: without any progress, after which a rank counts as missing.
+        grace_seconds: from SIGTERM until the process ends, boundary or not.
+        heartbeat_seconds: between two lines of a long phase.
+
+    Raises:
+        UserError: whatever the ranks end with, on every rank; ``silent`` where another rank says it. A rank that is
+            gone or stalled is a ``RankLost``, a full disk a ``StorageError``, any unexpected exception a ``Fault``.
+            A group that failed is not destroyed, for that can hang: the process is meant to end.
     """
-    logging.basicConfig(
-        level=logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
-    here = device()
+    logs.start(int(os.environ.get("RANK", "0")))
+    watch.reset()
+    guard = Guard(timeout_seconds=timeout_seconds, grace_seconds=grace_seconds, heartbeat_seconds=heartbeat_seconds)
+    try:
+        here = device()
+        _join(here, timeout_seconds)
+        guard.peers = _peers()
+        yield here
+        _meet()  # nobody leaves, nor takes the store along, while another is at work
+        guard.finish()
+    except Exception as error:
+        ended = guard.settle(error)
+        if world_size() == 1 and dist.is_initialized():
+            dist.destroy_process_group()
+        raise ended from error
+    else:
+        dist.destroy_process_group()
+    finally:
+        guard.stop()
+        logs.stop()
+
+
+def failed() -> bool:
+    """After ``process_group``: whether its ranks failed, so that an orderly end of this process may hang."""
+    return dist.is_initialized()
+
+
+def _join(here: torch.device, timeout_seconds: float) -> None:
+    """Makes the process group.
+
+    Raises:
+        RankLost: the ranks did not meet in time.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    backend = "gloo"
     if here.type == "cuda":
         torch.cuda.set_device(here)
-    backend, timeout = "cuda:nccl,cpu:gloo" if here.type == "cuda" else "gloo", timedelta(seconds=timeout_seconds)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+        backend = "cuda:nccl,cpu:gloo"
+        if world > 1:
+            # NCCL would abort the process, without a word of ours; the guard ends it, after the same time.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    if "WORLD_SIZE" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
     try:
-        yield here
-    finally:
-        dist.destroy_process_group()
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    except RuntimeError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        said = str(error).strip().partition("\n")[0]
+        raise RankLost(
+            f"rank {os.environ.get('RANK')}: the {world} ranks did not meet at {where} ({said}); look whether all were "
+            "started, reach that address, and find the port free"
+        ) from error
+
+
+def _peers() -> Peers | None:
+    """This rank's and the others' signs of life; None where there are no others."""
+    run = torch.frombuffer(bytearray(os.urandom(8)), dtype=torch.uint8)
+    if world_size() > 1:
+        dist.broadcast(run, src=0)
+    name = run.numpy().tobytes().hex()
+    logs.begin_run(name, world_size())
+    if world_size() == 1:
+        return None
+    launcher_keeps_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.PrefixStore(f"watch/{name}", dist.distributed_c10d._get_default_store())
+    peers = Peers(store, rank=rank(), world_size=world_size(), keeper=None if launcher_keeps_it else 0)
+    _meet()
+    peers.start()
+    return peers
+
+
+def _meet() -> None:
+    """Waits for every rank, on the CPU whatever the device."""
+    if world_size() > 1:
+        dist.all_reduce(torch.zeros(1))
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
@@ -189,25 +260,30 @@ def together(what: str) -> Iterator[None]:
     Without it one rank would raise while the others wait in their next collective until its time-out.
 
     Raises:
-        UserError: on every rank, with the message of the lowest rank that failed.
-        Exception: what this rank raised itself, where it was no UserError.
+        UserError: on every rank, with the message, class and status of the lowest rank that failed; a disk that is
+            full or forbids writing is a ``StorageError``.
+        Exception: what this rank raised itself, where that was unexpected; the others get a ``Fault``.
     """
-    failure: BaseException | None = None
+    failure: Exception | None = None
     try:
         yield
     except Exception as error:
-        failure = error
+        failure = storage_error(error) or error
+        if failure is not error:
+            failure.__cause__ = error
     if world_size() == 1:
         if failure is not None:
             raise failure
         return
-    mine = None if failure is None else (isinstance(failure, UserError), f"{failure}")
+    mine = None
+    if failure is not None:
+        mine = (failure.status if isinstance(failure, UserError) else EXIT_BUG, f"{failure}")
     failed = [(number, said) for number, said in enumerate(gather(mine)) if said is not None]
     if not failed:
         return
     if failure is not None and not isinstance(failure, UserError):
         raise failure
-    number, (expected, message) = failed[0]
-    if expected:
-        raise UserError(message) from failure
-    raise UserError(f"{what}: rank {number} failed: {message}") from failure
+    number, (status, message) = failed[0]
+    if status == EXIT_BUG:
+        message = f"{what}: rank {number} failed: {message}"
+    raise BY_STATUS.get(status, UserError)(message) from failure

@@ -1,5 +1,9 @@
 """Errors meant for the person who started the run, and the exit statuses of every launch script."""
 
+import errno
+import os
+import re
+
 EXIT_BUG = 1
 """A fault of this program: a traceback is in the rank's log."""
 
@@ -20,6 +24,8 @@ class UserError(ValueError):
     """A mistake the user can mend; shown as one line, without a traceback, and ends every rank with its status."""
 
     status = EXIT_USER_ERROR
+    silent = False
+    """Whether another rank says it."""
 
 
 class StorageError(UserError):
@@ -38,3 +44,41 @@ class RankLost(UserError):
     """Another rank is gone or does not answer; the message names it and the phase."""
 
     status = EXIT_RANK_LOST
+
+
+class Fault(UserError):
+    """A fault of this program, not the person's: said in one line, with the traceback in the rank's log."""
+
+    status = EXIT_BUG
+
+
+BY_STATUS = {kind.status: kind for kind in (Fault, UserError, StorageError, Preempted, RankLost)}
+"""How a status that came from another rank is raised here."""
+
+STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+REMEDIES = {
+    errno.ENOSPC: "free some disk space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EROFS: "mount it for writing",
+    errno.EACCES: "give the permission back",
+    errno.EPERM: "give the permission back",
+    errno.EIO: "check that disk",
+}
+
+
+def storage_error(error: BaseException) -> StorageError | None:
+    """What a person is told of a full, read-only, forbidden or broken disk; None for any other exception."""
+    if isinstance(error, StorageError):
+        return error
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and type(error).__name__ == "SafetensorError":  # it carries the system's error as text
+        found = re.search(r"code: (\d+)|os error (\d+)", str(error))
+        number = int(found[1] or found[2]) if found else None
+    if number not in STORAGE_ERRORS:
+        return None
+    path = getattr(error, "filename", None)
+    where = f"{path}: " if path else "a file could not be written: "
+    return StorageError(
+        f"{where}{os.strerror(number)}; {REMEDIES[number]} and run the same command again: "
+        "what was completed before is intact"
+    )

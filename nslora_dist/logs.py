@@ -3,21 +3,16 @@
 import json
 import logging
 import os
-import threading
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from nslora_dist import watch
+from nslora_dist.redact import redact
 
-try:
-    from nslora_dist.redact import redact
-except ImportError:
-
-    def redact(text: str) -> str:
-        """Leaves the text as it is."""
-        return text
-
-
+CLAIM = ".ended-"
 KEPT = 10_000
 """Records held back at most before the folder is known; a run that claims none drops them."""
 
@@ -34,14 +29,12 @@ class RankLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes one line, or keeps it until ``open_at``."""
-        try:
+        with suppress(Exception):  # a full disk must not end a run that could go on, nor fill the terminal
             line = self._line(record)
             if self._file is not None:
                 os.write(self._file, line.encode("utf-8", "replace"))
-            elif self.path is None and len(self._held) < KEPT:
+            elif len(self._held) < KEPT:
                 self._held.append(line)
-        except Exception:
-            return  # a full disk must not end a run that could go on, nor fill the terminal
 
     def _line(self, record: logging.LogRecord) -> str:
         place = watch.current()
@@ -64,13 +57,14 @@ class RankLog(logging.Handler):
             return
         try:
             (folder / "logs").mkdir(parents=True, exist_ok=True)
-            self.path = folder / "logs" / f"rank-{self.rank}.log"
+            path = folder / "logs" / f"rank-{self.rank}.log"
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._file = os.open(self.path, flags, 0o666)
-            os.write(self._file, "".join(self._held).encode("utf-8", "replace"))
-        except OSError:
-            self.path = None
-        self._held.clear()
+            self._file = os.open(path, flags, 0o666)
+            self.path = path
+            held, self._held = self._held, []
+            os.write(self._file, "".join(held).encode("utf-8", "replace"))
+        except OSError as error:
+            say(f"{folder / 'logs'}: no log can be written ({error.strerror}); the run goes on without")
 
     def close(self) -> None:
         """Closes the file."""
@@ -80,29 +74,105 @@ class RankLog(logging.Handler):
         super().close()
 
 
-_here: RankLog | None = None
-_lock = threading.Lock()
+class Console(logging.Handler):
+    """Writes records to the terminal as it is at that moment; never raises."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes one line."""
+        if record.exc_info:  # tracebacks are for the log
+            return
+        with suppress(Exception):
+            clock = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
+            sys.stderr.write(f"{clock} {redact(record.getMessage())}\n")
+            sys.stderr.flush()
 
 
-def start(rank: int) -> RankLog:
-    """Begins to keep this rank's records; a second call in one process begins anew."""
-    global _here
-    with _lock:
-        root = logging.getLogger()
-        if _here is not None:
-            root.removeHandler(_here)
-            _here.close()
-        _here = RankLog(rank)
-        root.addHandler(_here)
-        return _here
+@dataclass
+class _Logs:
+    """This process's handlers, and what the root logger was like before."""
+
+    file: RankLog
+    console: Console
+    level: int
+    run: str = ""
+
+
+_logs: _Logs | None = None
+
+
+def start(rank: int) -> None:
+    """Begins to keep this rank's records, and to show rank 0's in the terminal; of other ranks only warnings."""
+    global _logs
+    stop()
+    root = logging.getLogger()
+    _logs = _Logs(RankLog(rank), Console(logging.INFO if rank == 0 else logging.WARNING), root.level)
+    root.addHandler(_logs.file)
+    root.addHandler(_logs.console)
+    root.setLevel(logging.INFO)
+
+
+def stop() -> None:
+    """Leaves the root logger as it was before ``start``."""
+    global _logs
+    if _logs is None:
+        return
+    root = logging.getLogger()
+    root.removeHandler(_logs.file)
+    root.removeHandler(_logs.console)
+    root.setLevel(_logs.level)
+    _logs.file.close()
+    _logs = None
+
+
+def begin_run(run: str, world_size: int) -> None:
+    """Writes the line that a start begins with, into the log alone."""
+    if _logs is not None:
+        _logs.run = run
+        note(f"run {run} begins: rank {_logs.file.rank} of {world_size}, process {os.getpid()}")
+
+
+def note(message: str, *, level: int = logging.INFO) -> None:
+    """Writes a line into the log that the terminal does not show."""
+    if _logs is not None:
+        _logs.file.emit(logging.LogRecord("nslora_dist", level, "", 0, message, None, None))
 
 
 def open_at(folder: Path) -> None:
     """Writes this rank's log into the run folder from now on; call it right after the folder is claimed."""
-    if _here is not None:
-        _here.open_at(folder)
+    if _logs is None:
+        return
+    _logs.file.open_at(folder)
+    if _logs.file.rank == 0:
+        with suppress(OSError):
+            for old in (folder / "logs").glob(f"{CLAIM}*"):
+                if old.name != CLAIM + _logs.run:
+                    old.unlink()
 
 
 def path() -> Path | None:
     """This rank's log file, once it is open."""
-    return None if _here is None else _here.path
+    return None if _logs is None else _logs.file.path
+
+
+def claim() -> bool | None:
+    """Whether this rank is the first of its run to ask; None where there is no folder to ask in.
+
+    For ranks whose store is gone: the one that is first says what has happened.
+    """
+    here = path()
+    if _logs is None or here is None or not _logs.run:
+        return None
+    try:
+        os.close(os.open(here.parent / f"{CLAIM}{_logs.run}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except FileExistsError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def say(text: str) -> None:
+    """Writes a line to the person; never raises."""
+    with suppress(Exception):
+        sys.stderr.write(redact(text) + "\n")
+        sys.stderr.flush()

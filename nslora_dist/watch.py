@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+_PLACE = "_nslora_place"
+
 
 @dataclass
 class _Frame:
@@ -52,12 +54,18 @@ def phase(name: str) -> Iterator[None]:
     _state.count += 1
     try:
         yield
-    except BaseException:
-        # The phase stays: what is said about the failure, further out, names it.
+    except BaseException as error:
+        if not hasattr(error, _PLACE):
+            setattr(error, _PLACE, _state.frames)  # what is said about it, further out, names the place
         raise
-    else:
+    finally:
         _state.frames = before
         _state.count += 1
+
+
+def back_to(error: BaseException) -> None:
+    """Shows the phase in which ``error`` was raised as the current one, for what is said about it."""
+    _state.frames = getattr(error, _PLACE, _state.frames)
 
 
 def progress(text: str) -> None:

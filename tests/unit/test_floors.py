@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "nslora_dist"
 FLOORS = (
-    "errors explain zero_file recipe recipe_file recipe_types yaml_file redact named dist watch logs lost quiet "
+    "errors explain zero_file recipe recipe_file recipe_types yaml_file redact named dist watch logs peers guard quiet "
     "eigensolver null_space weight_null linear nf4 frozen "
     "adapter adapter_set null_lora artifacts provenance merge_recipe",
     "rows batches data calibration_data base_files base_config base_model base_weights input_groups attach calibration "
