@@ -61,6 +61,7 @@ class Texts(Section):
     subset: str | None = None
     split: str = "train"
     text_field: str = "text"
+    on_bad_row: Literal["error", "skip"] = "error"  # not UTF-8, broken JSON, a field that is missing or not text
 
 
 class Source(Texts):
@@ -171,6 +172,7 @@ class PromptSet(Section):
     response_field: str = "response"
     samples: Count | None = None
     template: str = "{prompt}"
+    on_bad_row: Literal["error", "skip"] = "error"  # as for texts; an empty response as well
 
     @model_validator(mode="after")
     def _template(self) -> "PromptSet":
@@ -264,6 +266,7 @@ class EvaluationSection(Section):
     adaptation: PromptSet | None = None
     retention: dict[str, PromptSet] = {}
     batch_size: Count = 8
+    max_length: Count = 8192  # longer questions, answer included, are left out
     baselines: dict[Name, Baseline] = {}
 
 
