@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+from nslora_dist.quiet import quiet  # before anything that loads PyTorch
+
+# isort: split
 from nslora_dist import dist, logs
 from nslora_dist.dry_run import describe
 from nslora_dist.errors import UserError
 from nslora_dist.guard import described
-from nslora_dist.quiet import quiet
 from nslora_dist.recipe_file import load_recipe
 
 COMMON = ("recipe", "dry_run", "local_rank", "overrides")

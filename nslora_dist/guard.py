@@ -40,6 +40,8 @@ AGAIN_SECONDS = 2.0
 """A second signal sooner than this is the first one on another way: terminal and launcher both pass it on."""
 LEAVE_SECONDS = 3.0
 """How long a rank may take to end by itself after another has given the verdict."""
+FIRST_SECONDS = 1.5
+"""How long rank 0 is given to say what all ranks may have to say."""
 SETTLE_SECONDS = 60.0
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LOST_WORDS = (
@@ -177,7 +179,7 @@ class Guard:
             said = "%s: stopping at the next boundary, within %.0f s%s"
             log.info(said, name, self.grace, again)
         elif now - self._asked > AGAIN_SECONDS and self._settling is None:
-            self._end(Verdict(EXIT_PREEMPTED, self._stopped(f"{name} again: ended at once"), self._rank), speak=True)
+            self._end(Verdict(EXIT_PREEMPTED, self._stopped(f"{name} again: ended at once"), self._rank))
 
     def _look(self) -> None:
         now, peers = time.monotonic(), self.peers
@@ -187,7 +189,7 @@ class Guard:
             return
         if peers is not None and peers.verdict is not None:
             if peers.verdict.at_once and now - peers.verdict_since > LEAVE_SECONDS:
-                log.error("ended by rank %d: %s", peers.verdict.rank, peers.verdict.message)
+                _note(peers.verdict, mine=False)
                 self._leave(peers.verdict.status)
             return
         for process, parent in self._launchers:
@@ -202,7 +204,7 @@ class Guard:
                 self._lost(found)
         if self._asked is not None and now - self._asked > self.grace:
             said = self._stopped(f"{watch.why_stop()}: no boundary came within {self.grace:.0f} s")
-            self._end(Verdict(EXIT_PREEMPTED, said, self._rank), speak=True)
+            self._end(Verdict(EXIT_PREEMPTED, said, self._rank))
         place = watch.current()
         if now - self._told >= self.heartbeat and place.seconds >= self.heartbeat:
             self._told = now
@@ -216,13 +218,12 @@ class Guard:
         return f"{watch.current()}: {why}; the same command continues from {watch.continues_from()}"
 
     def _lost(self, found: str) -> None:
-        self._end(Verdict(EXIT_RANK_LOST, lost_message(found), self._rank), speak=True)
+        self._end(Verdict(EXIT_RANK_LOST, lost_message(found), self._rank))
 
-    def _end(self, verdict: Verdict, *, speak: bool) -> None:
+    def _end(self, verdict: Verdict) -> None:
         """Ends this process with ``verdict``, or with the one that another rank has given before."""
         verdict, mine = self._agree(verdict)
-        log.error("%s", verdict.message if mine else f"ended by rank {verdict.rank}: {verdict.message}")
-        if mine and speak:
+        if mine:
             logs.say(f"error: {verdict.message}")
         self._leave(verdict.status)
 
@@ -243,15 +244,19 @@ class Guard:
         """The verdict that holds, and whether this rank is the one that says it."""
         peers = self.peers
         if peers is None:
+            _note(verdict, mine=True)
             return verdict, True
         mine = peers.claim(verdict)
         if mine is None:  # the store is gone
             claimed = logs.claim()
-            return verdict, peers.first_survivor() if claimed is None else claimed
-        assert peers.verdict is not None
-        if mine:
-            logs.claim()  # for ranks that come when the store is gone
-        return peers.verdict, mine
+            mine = peers.first_survivor() if claimed is None else claimed
+        else:
+            assert peers.verdict is not None
+            verdict = peers.verdict
+            if mine:
+                logs.claim()  # for ranks that come when the store is gone
+        _note(verdict, mine=mine)
+        return verdict, mine
 
     # In the main thread.
 
@@ -270,14 +275,14 @@ class Guard:
             first = True
         else:
             found, first = described(error), self._rank == 0
-        if peers is None:
-            return found
-        if not first:  # where all ranks end alike, rank 0 says so
-            deadline = time.monotonic() + LEAVE_SECONDS
+        if not first and peers is not None:  # where all ranks end alike, rank 0 says so
+            deadline = time.monotonic() + FIRST_SECONDS
             while peers.ask() is None and not peers.broken and time.monotonic() < deadline:
                 time.sleep(0.05)
         at_once = not isinstance(found, Preempted)
-        verdict, mine = self._agree(Verdict(found.status, str(found), peers.rank, at_once))
+        verdict, mine = self._agree(Verdict(found.status, str(found), self._rank, at_once))
+        if peers is None:
+            return found
         ended = BY_STATUS.get(verdict.status, UserError)(verdict.message)
         ended.silent = not mine
         peers.leave()
@@ -315,6 +320,12 @@ def described(error: BaseException) -> UserError:
         logs.say("".join(traceback.format_exception(error)).rstrip())
     kept = "its traceback is above" if where is None else f"traceback in {where}"
     return Fault(f"{watch.current()}: {type(error).__name__}: {text} (a fault of this program; {kept})")
+
+
+def _note(verdict: Verdict, *, mine: bool) -> None:
+    said = verdict.message if mine else f"ended by rank {verdict.rank}: {verdict.message}"
+    level = logging.INFO if verdict.status == EXIT_PREEMPTED else logging.ERROR
+    logs.note(f"{said} (exit status {verdict.status})", level=level)
 
 
 def lost_message(found: str) -> str:

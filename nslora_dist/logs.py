@@ -131,10 +131,10 @@ def begin_run(run: str, world_size: int) -> None:
         note(f"run {run} begins: rank {_logs.file.rank} of {world_size}, process {os.getpid()}")
 
 
-def note(message: str) -> None:
+def note(message: str, *, level: int = logging.INFO) -> None:
     """Writes a line into the log that the terminal does not show."""
     if _logs is not None:
-        _logs.file.emit(logging.LogRecord("nslora_dist", logging.INFO, "", 0, message, None, None))
+        _logs.file.emit(logging.LogRecord("nslora_dist", level, "", 0, message, None, None))
 
 
 def open_at(folder: Path) -> None:

@@ -164,7 +164,8 @@ class Peers:
 
     def leave(self) -> None:
         """Tells the rank that keeps the store that this one needs it no more."""
-        self._briefly(lambda: self._claims.add("left", 1))
+        if self.rank != self.keeper:
+            self._briefly(lambda: self._claims.add("left", 1))
 
     def linger(self, seconds: float) -> None:
         """Keeps the store up until the other living ranks have read the verdict."""

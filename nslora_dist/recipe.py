@@ -11,6 +11,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from nslora_dist.errors import UserError
 from nslora_dist.explain import explain
+from nslora_dist.recipe_types import Count, Fraction, Name, Names, NonNegative, Positive, Seed
+from nslora_dist.redact import redact_all
 from nslora_dist.zero_file import read_zero_config
 
 LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -24,19 +26,18 @@ The short side of a trained rectangular matrix is well-conditioned: in ``recipes
 directions of gate, up, down, k and v have σ ≤ 0.05 σ_max, and 8 to 80 have σ ≤ 0.1 σ_max.
 """
 
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Count = Annotated[int, Field(ge=1)]
-Names = Annotated[
-    tuple[str, ...], Field(min_length=1), BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
-]
+VOLATILE = (
+    *("engine", "checkpoint", "resume", "output_dir", "base_model.config"),
+    *("calibration.batch_size", "calibration.hidden_states", "evaluation.batch_size"),
+    *("train.micro_batch_size", "train.activation_checkpointing", "train.compile", "train.log_every"),
+)
+"""What may change while a run goes on: how it is computed and where, not what; results differ by rounding at most."""
 
 
 class Section(BaseModel):
     """A part of the recipe: unknown keys and wrong types are errors, and values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class BaseModelSection(Section):
@@ -51,7 +52,6 @@ class BaseModelSection(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     quantization: Literal["none", "nf4"] = "none"
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
-    trust_remote_code: bool = False
 
 
 class Texts(Section):
@@ -61,6 +61,7 @@ class Texts(Section):
     subset: str | None = None
     split: str = "train"
     text_field: str = "text"
+    on_bad_row: Literal["error", "skip"] = "error"  # not UTF-8, broken JSON, a field that is missing or not text
 
 
 class Source(Texts):
@@ -79,15 +80,15 @@ class SolverSection(Section):
 class CalibrationSection(Section):
     """The streamed Gram pass over named sources, and probes that only measure."""
 
-    sources: Annotated[dict[str, Source], Field(min_length=1)]
-    probes: dict[str, Texts] = {}
-    samples: Annotated[int, Field(ge=2)] = 256
+    sources: Annotated[dict[Name, Source], Field(min_length=1)]
+    probes: dict[Name, Texts] = {}
+    samples: Annotated[Count, Field(ge=2)] = 256
     sequence_length: Count = 2048
     batch_size: Count = 1
     concatenate: bool = False  # join short rows, an end-of-sequence token after each, into sequences of full length
     heldout_fraction: Fraction = 0.125
     hidden_states: Literal["device", "host"] = "device"
-    seed: int = 0
+    seed: Seed = 0
     solver: SolverSection = SolverSection()
 
     @model_validator(mode="after")
@@ -171,6 +172,7 @@ class PromptSet(Section):
     response_field: str = "response"
     samples: Count | None = None
     template: str = "{prompt}"
+    on_bad_row: Literal["error", "skip"] = "error"  # as for texts; an empty response as well
 
     @model_validator(mode="after")
     def _template(self) -> "PromptSet":
@@ -204,8 +206,8 @@ class TrainSection(Section):
     max_grad_norm: Positive = 1.0
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of each decoder block; its first steps take minutes
-    seed: int = 0
-    max_skipped_steps: Annotated[int, Field(ge=0)] = 3  # in a row, for a loss or gradient that is not finite
+    seed: Seed = 0
+    stop_after_skipped: Count = 3  # steps in a row whose loss or gradient is not finite: each is skipped, then it ends
     log_every: Count = 10
     update_grams: bool | None = None  # C = A G Aᵀ of the task beside the adapter, for merging; default: for lora_null
 
@@ -264,13 +266,14 @@ class EvaluationSection(Section):
     adaptation: PromptSet | None = None
     retention: dict[str, PromptSet] = {}
     batch_size: Count = 8
-    baselines: dict[str, Baseline] = {}
+    max_length: Count = 8192  # longer questions, answer included, are left out
+    baselines: dict[Name, Baseline] = {}
 
 
 class Recipe(Section):
     """One job, whole: ``recipe → base model → Grams → null space → adapter → engine → trainer → evaluation``."""
 
-    name: str
+    name: Name
     base_model: BaseModelSection
     calibration: CalibrationSection
     adapter: AdapterSection
@@ -338,9 +341,25 @@ class Recipe(Section):
         except ValidationError as error:
             raise ValueError(f"evaluation.baselines.{baseline}: {explain(error, Recipe)}") from error
 
+    def lasting(self) -> dict[str, Any]:
+        """The recipe as JSON without ``VOLATILE``: what two starts of one run have in common."""
+        return without_volatile(self.model_dump(mode="json"))
+
     def to_yaml(self) -> str:
-        """The resolved recipe, every default filled in."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+        """The resolved recipe, every default filled in and every secret masked."""
+        return yaml.safe_dump(redact_all(self.model_dump(mode="json")), sort_keys=False, allow_unicode=True, width=120)
+
+
+def without_volatile(tree: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's tree without ``VOLATILE``; the tree itself stays as it is."""
+    kept = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
+    for name in VOLATILE:
+        section, _, key = name.partition(".")
+        if not key:
+            kept.pop(section, None)
+        elif isinstance(kept.get(section), dict):
+            kept[section].pop(key, None)
+    return kept
 
 
 def check_zero_config(recipe: Recipe) -> dict[str, Any]:

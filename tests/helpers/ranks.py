@@ -51,7 +51,7 @@ def run_ranks(
     Raises:
         RankFailed: a rank raised, died or took too long.
     """
-    context = _context(cuda)
+    context = context_for(cuda)
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
         folder = Path(name)
         ranks = [
@@ -83,10 +83,11 @@ def run_ranks(
         return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
-def _context(cuda: bool) -> Any:
+def context_for(cuda: bool) -> Any:
     if cuda:
         return multiprocessing.get_context("spawn")  # a GPU's driver does not survive a fork
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as quiet.py has it
     context = multiprocessing.get_context("forkserver")
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     folder = Path.cwd()

@@ -88,8 +88,6 @@ def fail(fault: str, folder: Path) -> None:
             [][1]
         case "user":
             raise UserError("this rank alone found something wrong")
-        case "full outside":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "file"))
 
 
 if __name__ == "__main__":
