@@ -175,7 +175,7 @@ class Zygote:
                 job = self._jobs[event["job"]]
                 job.pids[event["who"]] = pid
                 self._by_pid[pid] = job, event["who"]
-            case "ended":
+            case "ended" if pid in self._by_pid:  # else a child of a killed rank
                 job, who = self._by_pid.pop(pid)
                 job.statuses[who], job.ended[who] = event["status"], event["time"]
 

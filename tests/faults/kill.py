@@ -40,7 +40,7 @@ FILES = {"checkpoint": "checkpoints/", "solve": "null_space", "export": "adapter
 """Phase → what the files are called that are written in it."""
 
 END_SECONDS = 30.0
-"""Stated in the README: the others have ended this long after a kill. Tests allow ``HANG``; what is measured is reported."""
+"""The time after a kill by which the others have ended, as the README states it; tests allow ``HANG``."""
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ def short_cases() -> list[Case]:
 
 
 def all_cases() -> list[Case]:
-    """Every phase, engine and victim; some at a file operation, some struck again as they resume, some on three ranks."""
+    """Every phase, engine and victim; some at a file operation, some struck twice or thrice, some on three ranks."""
     cases: list[Case] = short_cases()
     number = 0
     for engine in ("zero3", "fsdp2"):
@@ -318,8 +318,10 @@ def summary(outcomes: list[Outcome]) -> str:
         lines.append(f"| {phase} | {by_engine['zero3']} | {by_engine['fsdp2']} | {longest[phase]:.1f} s |")
     kills = sum(len(outcome.kills) for outcome in outcomes)
     same = sum(not outcome.different for outcome in outcomes)
-    lines.append(
-        f"\n{kills} kills in {len(outcomes)} runs; the others ended within {max(longest.values(), default=0.0):.1f} s; "
-        f"{same} of {len(outcomes)} finished with the adapters, losses and evaluation of the uninterrupted run, to the bit."
-    )
+    most = max(longest.values(), default=0.0)
+    lines += [
+        "",
+        f"{kills} kills in {len(outcomes)} runs; the others ended within {most:.1f} s;",
+        f"{same} of {len(outcomes)} then finished with the same adapters, losses and evaluation as if undisturbed, bit for bit.",
+    ]
     return "\n".join(lines)

@@ -4,7 +4,7 @@ Run as a script. A line on stdin asks for a job: ``{"job", "argv", "world_size",
 "user"?}`` (see ``place.py``). The server forks a launcher, which forks the ranks and does nothing but wait for them:
 whatever the ranks do about the death of one of them is their own doing. Each rank runs ``launch/train.py`` as
 ``__main__``, in the environment that ``torchrun`` would give it, and leaves by the interpreter's own exit. Lines on
-stdout tell of pids and ends: ``{"job", "event": "started" | "ended", "who": "launcher" | rank, "pid", "status"?, "time"}``.
+stdout tell of pids and ends: ``{"job", "event", "who", "pid", "status"?, "time"}``, ``who`` being a rank or "launcher".
 
 When the launcher is killed its ranks are adopted by this server, so that their ends are still seen.
 """
