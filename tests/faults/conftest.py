@@ -1,6 +1,7 @@
 """A toy world, ranks to kill, and the figures of ``make faults``."""
 
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,11 +15,15 @@ from helpers.world import make_base, make_recipe, make_texts
 
 
 @pytest.fixture(scope="session")
-def fault_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def fault_world() -> Iterator[World]:
     """A job of a few seconds: two arms of four steps, a checkpoint after each step."""
-    folder = tmp_path_factory.mktemp("faults")
-    folder.chmod(0o755)  # readable for another user
-    folder.parent.chmod(0o755)
+    with tempfile.TemporaryDirectory(prefix="faults-") as name:  # pytest's own folder is closed to other users
+        Path(name).chmod(0o755)
+        yield make_fault_world(Path(name))
+
+
+def make_fault_world(folder: Path) -> World:
+    """Its base, texts and recipe."""
     make_base(folder / "base")
     make_texts(folder)
     task = {"path": str(folder / "task.jsonl"), "samples": 3}
@@ -26,8 +31,8 @@ def fault_world(tmp_path_factory: pytest.TempPathFactory) -> World:
         folder,
         folder / "base",
         folder / "unused",
-        calibration={"samples": 6, "heldout_fraction": 0.34, "batch_size": 3},
-        train={"max_steps": 4, "global_batch_size": 12, "micro_batch_size": 2},
+        calibration={"samples": 6, "heldout_fraction": 0.34, "batch_size": 6},
+        train={"max_steps": 4, "global_batch_size": 12, "micro_batch_size": 3},
         checkpoint={"every": 1, "keep_last": 2},
         evaluation={
             "adaptation": task,
@@ -38,6 +43,8 @@ def fault_world(tmp_path_factory: pytest.TempPathFactory) -> World:
     tree = yaml.safe_load(recipe.to_yaml())
     del tree["output_dir"]
     (folder / "toy.yaml").write_text(yaml.safe_dump(tree))
+    for path in folder.rglob("*"):
+        path.chmod(path.stat().st_mode | 0o444)  # for the cases that run as another user
     return World(folder, folder / "toy.yaml")
 
 
@@ -51,7 +58,8 @@ def zygote() -> Iterator[Zygote]:
 def killing(zygote: Zygote, fault_world: World) -> Range:
     def command(engine: str, output: Path, world_size: int) -> list[str]:
         whole = ["launch/train.py", "--recipe", str(fault_world.recipe)]
-        return [*whole, f"engine.name={engine}", f"output_dir={output}"]
+        rows = 12 // world_size if world_size % 2 else 3  # on an even number of ranks, micro-batches are summed up
+        return [*whole, f"engine.name={engine}", f"output_dir={output}", f"train.micro_batch_size={rows}"]
 
     return Range(zygote, fault_world.folder, command)
 

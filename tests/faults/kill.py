@@ -122,9 +122,11 @@ class Range:
         self.zygote, self.folder, self.command = zygote, folder, command
         self._references: dict[tuple[str, int], Reference] = {}
 
-    def start(self, engine: str, name: str, *, world_size: int = 2, **more: Any) -> tuple[Job, Path]:
-        """A run, and its folder; the same name continues."""
-        output = self.folder / name / "run"
+    def start(
+        self, engine: str, name: str, *, world_size: int = 2, output: Path | None = None, **more: Any
+    ) -> tuple[Job, Path]:
+        """A run, and its folder; the same name, or ``output``, continues."""
+        output = output or self.folder / name / "run"
         arguments = self.command(engine, output, world_size)
         return self.zygote.job(self.folder / name, *arguments, output=output, world_size=world_size, **more), output
 
@@ -322,6 +324,6 @@ def summary(outcomes: list[Outcome]) -> str:
     lines += [
         "",
         f"{kills} kills in {len(outcomes)} runs; the others ended within {most:.1f} s;",
-        f"{same} of {len(outcomes)} then finished with the same adapters, losses and evaluation as if undisturbed, bit for bit.",
+        f"{same} of {len(outcomes)} then finished with adapters, losses and evaluation as if undisturbed, bit for bit.",
     ]
     return "\n".join(lines)

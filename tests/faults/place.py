@@ -27,9 +27,11 @@ def record(folder: Path, rank: int, output: str, strike: dict[str, Any] | None) 
         folder: the job's.
         rank: this rank's.
         output: the run's folder.
-        strike: ``{"rank", "match", "nth", "victim"}``: SIGKILL for the rank itself or its launcher, right before the
-            ``nth`` operation on a path that holds ``match``.
+        strike: ``{"rank", "match", "nth", "victim"}``: what happens right before the ``nth`` operation on a path that
+            holds ``match``: SIGKILL for the rank (``self``) or its ``launcher``, or something of ``spoil.py``.
     """
+    from spoil import spoil
+
     from nslora_dist import watch
 
     file = os.open(folder / f"{rank}.place", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o644)
@@ -64,7 +66,10 @@ def record(folder: Path, rank: int, output: str, strike: dict[str, Any] | None) 
         nth += 1
         if nth == strike["nth"]:
             write(struck=strike["victim"], place=f"{watch.current()}: {what} {path[len(output) + 1 :]}")
-            os.kill(os.getpid() if strike["victim"] == "self" else launcher, signal.SIGKILL)
+            if strike["victim"] in ("self", "launcher"):
+                os.kill(os.getpid() if strike["victim"] == "self" else launcher, signal.SIGKILL)
+            else:
+                spoil(strike["victim"], Path(output), Path(path))
 
     _watch_files(operation)
 

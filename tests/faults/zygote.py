@@ -11,6 +11,7 @@ When the launcher is killed its ranks are adopted by this server, so that their 
 
 import ctypes
 import gc
+import io
 import json
 import os
 import runpy
@@ -53,12 +54,12 @@ def _import_everything() -> None:
 
     quiet()
     import datasets  # noqa: F401
-    import deepspeed  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
+    import deepspeed.module_inject  # noqa: F401
     import peft  # noqa: F401
     import tensorboard  # noqa: F401
     import torch
     import transformers  # noqa: F401
+    from matplotlib import pyplot
     from torch.utils import tensorboard as writer  # noqa: F401
 
     import nslora_dist.command
@@ -67,6 +68,9 @@ def _import_everything() -> None:
     import nslora_dist.pipeline  # noqa: F401
 
     torch.set_num_threads(1)
+    pyplot.figure().text(0, 0, "fonts are found")
+    pyplot.savefig(io.BytesIO())
+    pyplot.close()
     gc.collect()
     gc.freeze()  # or each rank's collections, DeepSpeed asks for many, would write to and so copy all of this memory
 
