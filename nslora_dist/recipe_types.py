@@ -3,7 +3,7 @@
 import re
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 MOST = 2**53
 """Largest count: what every language's JSON can hold exactly."""
@@ -33,3 +33,9 @@ Name = Annotated[str, AfterValidator(_plain_name)]
 Names = Annotated[
     tuple[str, ...], Field(min_length=1), BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
 ]
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys and wrong types are errors, and values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from nslora_dist import artifacts, dist
+from nslora_dist import artifacts, dist, manifests
 from nslora_dist.errors import UserError
 
 MIXTURE = "calibration"
@@ -132,7 +132,7 @@ def save(folder: Path, stored: Stored) -> None:
     """Writes the artifact, whole or not at all; on rank 0."""
     with artifacts.replace_folder(folder) as fresh:
         artifacts.save_tensors(fresh / stored.FILE, stored.tensors)
-        artifacts.write_manifest(fresh, stored.manifest)
+        manifests.write_manifest(fresh, stored.manifest)
 
 
 def load(folder: Path, kind: type[S] = NullSpace) -> S:  # type: ignore[assignment]
@@ -141,21 +141,21 @@ def load(folder: Path, kind: type[S] = NullSpace) -> S:  # type: ignore[assignme
     Raises:
         UserError: a file is missing, damaged or not as the manifest says.
     """
-    manifest = artifacts.read_manifest(folder, needs=[kind.FILE])
+    manifest = manifests.read_manifest(folder, needs=[kind.FILE])
     found = kind(manifest=manifest, tensors=artifacts.load_tensors(folder / kind.FILE))
     try:
         wanted = found.shapes()
         said = "key" if not isinstance(manifest["key"], str) else ""
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # whole, but written by something else
         raise UserError(
-            f"{folder / artifacts.MANIFEST}: is not a null space's ({error!r}); give another folder"
+            f"{folder / manifests.MANIFEST}: is not a null space's ({error!r}); give another folder"
         ) from error
     for name, shape in wanted.items():
         tensor = found.tensors.get(name)
         if tensor is None or tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
             said = name
     if said:
-        raise UserError(f"{folder}: its '{said}' is missing or not as {artifacts.MANIFEST} says; make it again")
+        raise UserError(f"{folder}: its '{said}' is missing or not as {manifests.MANIFEST} says; make it again")
     return found
 
 
