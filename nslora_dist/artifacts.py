@@ -1,7 +1,7 @@
 """What goes to disk: JSON and safetensors written atomically, folders replaced whole.
 
-``manifests.py`` proves what lies in a folder. A reader finds the old version or the new one, never half of one. One process writes a given path at a time (rank 0);
-any number may read.
+``manifests.py`` proves what lies in a folder. A reader finds the old version or the new one, never half of one. One
+process writes a given path at a time (rank 0); any number may read.
 """
 
 import hashlib

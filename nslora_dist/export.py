@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nslora_dist import dist
+from nslora_dist import dist, watch
 from nslora_dist.adapter import AdaptedLinear, adapted_linears
 from nslora_dist.artifacts import load_tensors, read_json, replace_folder, save_tensors, write_text
 from nslora_dist.card import model_card
@@ -71,6 +71,7 @@ def gather_factors(
     """
     factors: dict[str, Factors] = {}
     for name, module in adapted_linears(engine.model).items():
+        watch.progress(name)
         a, b = engine.gather(module.lora_A), engine.gather(module.lora_B)
         if isinstance(module, NullLoraLinear):
             if dist.is_main():
