@@ -87,6 +87,7 @@ def test_bad_lines_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCa
     path = written(tmp_path / "a.jsonl", *lines, BAD["null"], end=b"\r\n")
     data = TrainingData.load(data_section(str(path), on_bad_row="skip"), train_section(), bpe())
     assert data.samples == len(BAD)
+    assert [data.place(i) for i in (0, 3)] == ["line 2 (the first is 1)", "line 8 (the first is 1)"]
     assert data.bad_rows == {reason: 1 + (reason == "null") for reason in BAD}
     assert data.counts.rows == len(lines) + 1
     warnings = [record.message for record in caplog.records if "left out" in record.message]
