@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from nslora_dist.explain import explain
 from nslora_dist.recipe_train import CheckpointSection, EngineSection, TrainSection
-from nslora_dist.recipe_types import Count, Fraction, Name, Names, Positive, Section, Seed
+from nslora_dist.recipe_types import Count, Fraction, Name, Names, Positive, Section, Seed, Where
 from nslora_dist.redact import redact_all
 from nslora_dist.zero_file import read_zero_config
 
@@ -40,9 +40,9 @@ class BaseModelSection(Section):
     ``config`` is a folder with the model's ``config.json``, for dry runs and planning without its checkpoint at hand.
     """
 
-    path: str
+    path: Where
     revision: str | None = None
-    config: str | None = None
+    config: Where | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     quantization: Literal["none", "nf4"] = "none"
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
@@ -51,7 +51,7 @@ class BaseModelSection(Section):
 class Texts(Section):
     """A named set of plain texts: a hub dataset, or a local JSON, JSONL or Parquet file."""
 
-    path: str
+    path: Where
     subset: str | None = None
     split: str = "train"
     text_field: str = "text"
@@ -159,7 +159,7 @@ class AdapterSection(Section):
 class PromptSet(Section):
     """Rows of a prompt and its response: a hub dataset, or a local JSON, JSONL or Parquet file."""
 
-    path: str
+    path: Where
     subset: str | None = None
     split: str = "train"
     prompt_field: str = "prompt"
@@ -212,7 +212,7 @@ class Recipe(Section):
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     resume: Literal["auto", "never"] = "auto"  # the same command again continues what the run folder holds
-    output_dir: str
+    output_dir: Where
 
     @model_validator(mode="after")
     def _combinations(self) -> "Recipe":

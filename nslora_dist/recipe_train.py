@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from nslora_dist.errors import UserError
-from nslora_dist.recipe_types import Count, Fraction, NonNegative, Positive, Section, Seed
+from nslora_dist.recipe_types import Count, Fraction, NonNegative, Positive, Section, Seed, Where
 
 
 class TrainSection(Section):
@@ -61,7 +61,7 @@ class EngineSection(Section):
     """Who shards parameters, gradients and optimizer state."""
 
     name: Literal["zero3", "fsdp2", "single"] = "zero3"
-    config: str | None = None
+    config: Where | None = None
     timeout_seconds: Annotated[float, Field(ge=1.0)] = 1800.0  # without any progress: then a rank is missing
 
 

@@ -54,7 +54,11 @@ class Stored:
     tensors: Mapping[str, Tensor]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors that a reader needs, and their shapes, as the manifest has them."""
+        """The tensors that a reader needs, and their shapes, as the manifest has them.
+
+        It looks at all else that is read of the manifest as well: what is not there, or of another kind, raises
+        KeyError, TypeError, ValueError or AttributeError.
+        """
         raise NotImplementedError
 
     def send(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -79,9 +83,15 @@ class NullSpace(Stored):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors that ``starts`` sends."""
         rank = self.manifest["settings"]["rank"]
+        texts = [self.manifest["settings"]["form"], *self.manifest["groups"], *self.manifest["modules"]]
+        "".join([text for group in self.manifest["groups"].values() for text in group["modules"]] + texts)
+        if not self.manifest["modules"]:
+            raise ValueError("no modules")
+        sum(value for value in self.leak().values() if value is not None)
         found: dict[str, tuple[int, ...]] = {}
         for module, entry in self.manifest["modules"].items():
             group = entry["group"]
+            sum(entry["references"].values())
             found[f"{group}.basis"] = (self.manifest["groups"][group]["in_features"], rank)
             found |= {f"{group}.update_gram.{name}": (rank, rank) for name in entry["references"]}
             if entry["mixed"]:
