@@ -5,44 +5,31 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from nslora_dist import __version__, artifacts, dist
+from nslora_dist.batches import IGNORED
 from nslora_dist.evaluate import EvaluationSets
 from nslora_dist.export import WEIGHTS_FILE
 from nslora_dist.recipe import Recipe
 
 log = logging.getLogger("nslora_dist")
 
-VOLATILE: Any = {
-    "output_dir": True,
-    "name": True,
-    "engine": {"config", "timeout_seconds"},
-    "checkpoint": True,
-    "resume": True,
-    "train": {"log_every"},
-    "evaluation": {"baselines"},
-}
-"""Parts of a recipe that change neither an arm's adapter nor its figures."""
-
 
 class FinishedArm:
     """``output_dir/arms/<name>.json``: the figures of an arm whose adapter is on disk.
 
-    It counts only while everything it depends on is the same (recipe, engine, ranks, base, texts, rows) and the
-    adapter's bytes are the ones it was written for.
+    It counts only while everything it depends on is the same (recipe, base, texts, rows; engine and ranks change
+    numbers by rounding alone) and the adapter's bytes are the ones it was written for.
     """
 
     def __init__(self, run: Path, name: str, adapter: Path, *, arm: Recipe, hashes: dict[str, Any]) -> None:
         """``hashes`` are those of base, calibration texts, training rows and evaluation sets."""
         self.path = run / "arms" / f"{name}.json"
         self.name, self.adapter = name, adapter
-        self.key = artifacts.hash_json(
-            {
-                "recipe": arm.model_dump(mode="json", exclude=VOLATILE),
-                "hashes": hashes,
-                "world_size": dist.world_size(),
-                "version": __version__,
-            }
-        )
+        recipe = arm.lasting()
+        del recipe["name"], recipe["evaluation"]["baselines"]
+        self.key = artifacts.hash_json({"recipe": recipe, "hashes": hashes, "version": __version__})
 
     def read(self) -> dict[str, Any] | None:
         """The arm's figures, on every rank; None where it has to be trained."""
@@ -69,11 +56,47 @@ class FinishedArm:
                 artifacts.write_json(self.path, kept | {"figures": figures})
 
 
+class BaseScores:
+    """``output_dir/arms/base.json``: the base's own scores, measured once for all arms and all starts of a run."""
+
+    def __init__(self, run: Path, *, arm: Recipe, base: str, evaluation: str) -> None:
+        """``base`` is the base's fingerprint, ``evaluation`` the ``evaluation_hash``."""
+        self.path = run / "arms" / "base.json"
+        held = arm.base_model.model_dump(mode="json", include={"dtype", "quantization", "attention"})
+        self.key = artifacts.hash_json({"base": base, "held": held, "evaluation": evaluation, "version": __version__})
+
+    def read(self) -> dict[str, Any] | None:
+        """The scores, on every rank; None where they have to be measured."""
+        found = None
+        with dist.together("reading the base's scores"):
+            if dist.is_main() and self.path.is_file():
+                kept = artifacts.read_json(self.path)
+                found = kept["scores"] if kept.get("key") == self.key else None
+        scores: Any = dist.share(found)
+        return scores
+
+    def write(self, scores: dict[str, Any]) -> None:
+        """Keeps them."""
+        with dist.together("keeping the base's scores"):
+            if dist.is_main():
+                self.path.parent.mkdir(exist_ok=True)
+                artifacts.write_json(self.path, {"key": self.key, "scores": scores})
+
+
 def evaluation_hash(sets: EvaluationSets) -> str:
-    """sha256 over every rank's evaluation tokens, the same on every rank."""
-    digest = hashlib.sha256()
-    for batches in (sets.adaptation or [], *sets.retention.values()):
-        for batch in batches:
-            digest.update(batch.input_ids.numpy().tobytes())
-            digest.update(batch.labels.numpy().tobytes())
-    return artifacts.hash_json(dist.gather(digest.hexdigest()))
+    """sha256 over all ranks' evaluation rows, in whatever order they were dealt: the same for any number of ranks."""
+    found: dict[str, int] = {}
+    for name, batches in (("", sets.adaptation or []), *sets.retention.items()):
+        total = sum(_row_hash(ids, labels) for b in batches for ids, labels in zip(b.input_ids, b.labels, strict=True))
+        found[name] = sum(dist.gather(total)) % 2**256
+    return artifacts.hash_json({name: f"{total:x}" for name, total in found.items()})
+
+
+def _row_hash(ids: Tensor, labels: Tensor) -> int:
+    """Of a row up to its last scored token, which its padding comes after; 0 for rows that only fill up."""
+    scored = (labels != IGNORED).nonzero()
+    if not len(scored):
+        return 0
+    end = int(scored[-1]) + 1
+    digest = hashlib.sha256(ids[:end].numpy().tobytes() + labels[:end].numpy().tobytes())
+    return int.from_bytes(digest.digest(), "big")

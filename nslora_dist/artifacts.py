@@ -1,6 +1,6 @@
-"""What goes to disk: JSON and safetensors written atomically, folders replaced whole, manifests that prove their files.
+"""What goes to disk: JSON and safetensors written atomically, folders replaced whole.
 
-A reader finds the old version or the new one, never half of one. One process writes a given path at a time (rank 0);
+``manifests.py`` proves what lies in a folder. A reader finds the old version or the new one, never half of one. One process writes a given path at a time (rank 0);
 any number may read.
 """
 
@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nslora_dist.errors import UserError
 
-MANIFEST = "manifest.json"
+SELF_HASH = "manifest_sha256"
+"""Key under which a sealed JSON file keeps the hash of everything else in it."""
 CHUNK_BYTES = 1 << 20
 
 
@@ -30,8 +30,7 @@ def write_json(path: Path, value: Any) -> None:
         ValueError: it holds NaN or an infinity, which strict JSON cannot say.
         TypeError: it holds something that JSON has no form for.
     """
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_text(path, text)
+    write_text(path, _json_text(value))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -41,17 +40,87 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file.
+    """Reads a file of strict JSON: no NaN, no infinity, no key twice.
 
     Raises:
         UserError: the file is missing, unreadable or no JSON.
     """
+    return _parse(path, _read_text(path))
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON object that proves itself: ``value``, and under ``manifest_sha256`` the hash of it; atomically.
+
+    Raises:
+        ValueError: ``value`` has a key ``manifest_sha256`` of its own, or NaN or an infinity somewhere.
+    """
+    if SELF_HASH in value:
+        raise ValueError(f"the key '{SELF_HASH}' is taken: it holds the hash of the others")
+    kept = json.loads(_json_text(value))  # as a reader will find it: keys are texts, tuples lists
+    write_json(path, kept | {SELF_HASH: hash_json(kept)})
+
+
+def read_sealed(path: Path, *, remedy: str) -> dict[str, Any]:
+    """Reads what ``write_sealed`` wrote, to the byte: another digit, or a blank more, is an error.
+
+    Args:
+        path: the file.
+        remedy: what the person is to do about a file that is not as it was written.
+
+    Returns:
+        What was given to ``write_sealed``.
+
+    Raises:
+        UserError: the file is missing, broken, altered, or not sealed.
+    """
+    text = _read_text(path)
+    value = _parse(path, text, remedy=remedy)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: lists no files, it is no JSON object; {remedy}")
+    stated = value.pop(SELF_HASH, None)
+    if stated is None:
+        raise UserError(f"{path}: has no {SELF_HASH} (an older version's, or somebody's own); {remedy}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        intact = stated == hash_json(value) and text == _json_text(value | {SELF_HASH: stated})
+    except (ValueError, RecursionError):  # 1e999 is an infinity
+        intact = False
+    if not intact:
+        raise UserError(f"{path}: altered, its {SELF_HASH} is not that of its contents; {remedy}")
+    return value
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")  # not read_text: it makes a carriage return another byte
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError alike
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: broken JSON ({error}); delete it and make it again") from error
+
+
+def _parse(path: Path, text: str, *, remedy: str = "delete it and make it again") -> Any:
+    try:
+        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_key_twice)
+    except ValueError as error:
+        raise UserError(f"{path}: broken JSON ({error}); {remedy}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: broken JSON (nested too deeply); {remedy}") from error
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key '{next(key for key in keys if keys.count(key) > 1)}' stands there twice")
+    return found
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -85,8 +154,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path, device="cpu")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
-    except SafetensorError as error:
-        raise UserError(f"{path}: no whole safetensors file ({error}); delete it and make it again") from error
+    except Exception as error:  # a header can name a dtype or a size that Python's side of safetensors stumbles over
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: no whole safetensors file ({said}); delete it and make it again") from error
 
 
 def hash_file(path: Path) -> str:
@@ -120,12 +190,30 @@ def replace_folder(target: Path) -> Iterator[Path]:
     Raises:
         UserError: ``target`` is a file.
     """
+    partial = open_partial(target)
+    try:
+        yield partial
+        take_place(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def open_partial(target: Path) -> Path:
+    """The first half of ``replace_folder``, for contents that come from several processes: an empty folder beside it.
+
+    Raises:
+        UserError: ``target`` is a file.
+    """
     target = target.resolve()
     if target.exists() and not target.is_dir():
         raise UserError(f"{target}: is a file, and a folder has to be written there; move it away")
     target.parent.mkdir(parents=True, exist_ok=True)
     # Fixed names, not random ones: a writer that was killed leaves at most one of each, and the next one finds them.
     partial, aside = _partial(target), _aside(target)
+    for path in (partial, aside):
+        if path.is_symlink():  # nobody's writer makes one; what it points to stays
+            path.unlink()
     if aside.exists():
         if target.exists():
             shutil.rmtree(aside)
@@ -134,78 +222,44 @@ def replace_folder(target: Path) -> Iterator[Path]:
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir()
+    return partial
+
+
+def partial_of(target: Path) -> Path:
+    """The folder that ``open_partial`` makes for ``target``."""
+    return _partial(target.resolve())
+
+
+def aside_of(target: Path) -> Path:
+    """Where an older folder waits while ``target`` is replaced."""
+    return _aside(target.resolve())
+
+
+def take_place(target: Path) -> None:
+    """The second half: the folder that ``open_partial`` gave takes ``target``'s place, whole or not at all."""
+    target = target.resolve()
+    partial, aside = _partial(target), _aside(target)
+    _sync_tree(partial)
+    if target.exists():
+        target.rename(aside)
     try:
-        yield partial
-        _sync_tree(partial)
-        if target.exists():
-            target.rename(aside)
-        try:
-            partial.rename(target)
-        except BaseException:
-            if aside.exists():
-                aside.rename(target)
-            raise
+        partial.rename(target)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if aside.exists():
+            aside.rename(target)
         raise
     _sync(target.parent)
     if aside.exists():
         shutil.rmtree(aside)
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes ``manifest.json``: ``manifest`` and, under ``files``, SHA-256 and bytes of every other file in the folder.
-
-    Raises:
-        ValueError: ``manifest`` has a key ``files`` of its own, or NaN or an infinity somewhere.
-    """
-    if "files" in manifest:
-        raise ValueError("the manifest key 'files' is taken: it lists the folder's files")
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    files = {
-        path.relative_to(folder).as_posix(): {"sha256": hash_file(path), "bytes": path.stat().st_size} for path in paths
-    }
-    write_json(folder / MANIFEST, {**manifest, "files": files})
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Reads ``manifest.json`` and verifies every file that it lists; files that it does not list are left alone.
-
-    Returns:
-        What was given to ``write_manifest``, with ``files`` added.
-
-    Raises:
-        UserError: the manifest is missing or broken, or a listed file is missing, truncated or altered.
-    """
-    path = folder / MANIFEST
-    if not path.exists():
-        left = _aside(folder.resolve())
-        remedy = f"an interrupted write left the last one at {left}: move it back" if left.exists() else "make it again"
-        raise UserError(f"{path}: missing, so the folder is not complete; {remedy}")
-    manifest = read_json(path)
-    files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict):
-        raise UserError(f"{path}: lists no files; delete {folder} and make it again")
-    for name, entry in files.items():
-        wrong = _wrong(folder, name, entry)
-        if wrong:
-            raise UserError(f"{folder / name}: {wrong}; delete {folder} and make it again")
-    return manifest
-
-
-def _wrong(folder: Path, name: str, entry: Any) -> str:
-    """What keeps the listed file from being the one that was written; empty if nothing does."""
-    if not isinstance(entry, dict) or not {"sha256", "bytes"} <= entry.keys():
-        return f"{MANIFEST} does not say its sha256 and bytes"
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        return f"{MANIFEST} lists a path outside its own folder"
-    if not path.is_file():
-        return "missing"
-    size = path.stat().st_size  # before the hash: a truncated file need not be read
-    if size != entry["bytes"]:
-        return f"{size} bytes, {MANIFEST} says {entry['bytes']}"
-    return "" if hash_file(path) == entry["sha256"] else f"altered: its sha256 is not {MANIFEST}'s"
+def remove_folder(target: Path) -> None:
+    """Deletes a folder: renamed first, so that a process that dies in the middle leaves none of that name in parts."""
+    aside = _aside(target)
+    if aside.exists():
+        shutil.rmtree(aside)
+    target.rename(aside)
+    shutil.rmtree(aside)
 
 
 def _partial(path: Path) -> Path:
@@ -220,6 +274,8 @@ def _aside(path: Path) -> Path:
 def _replaced(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that replaces it when the block ends well."""
     partial = _partial(path)
+    if partial.is_symlink():
+        partial.unlink()  # or the text would go where it points
     try:
         yield partial
         _sync(partial)

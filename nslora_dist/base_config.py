@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from transformers import AutoConfig, PreTrainedConfig
 
 from nslora_dist.errors import UserError
+from nslora_dist.named import is_local
 
 if TYPE_CHECKING:
     from nslora_dist.recipe import BaseModelSection
@@ -23,6 +24,8 @@ SIZES = (
     "tie_word_embeddings",
 )
 """What two configs of one model agree on: everything that a shape depends on."""
+MOST_BLOCKS = 10_000
+"""Of a model; a config that asks for more is damaged, and building it would take for ever."""
 
 
 def load_config(section: BaseModelSection) -> PreTrainedConfig:
@@ -56,11 +59,28 @@ def planning_config(section: BaseModelSection) -> PreTrainedConfig:
 
 
 def _read_config(section: BaseModelSection, path: str, key: str) -> PreTrainedConfig:
-    if path.startswith(("/", ".")) and not Path(path).is_dir():
+    if is_local(path, key=key) and not Path(path).is_dir():
         raise UserError(f"{key} {path}: no such folder")
     revision = section.revision if key == "base_model.path" else None
     try:
-        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=section.trust_remote_code)
+        raw, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+        if not raw.get("auto_map"):
+            config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+            _check_sizes(config)
+            return config
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{key} {path}: its config.json cannot be loaded ({first})") from error
+    raise UserError(
+        f"{key} {path}: its config.json asks for code of its own (auto_map), and code that comes with a model is never "
+        "run; use a model whose classes transformers has, and take auto_map out of a copy's config.json"
+    )
+
+
+def _check_sizes(config: PreTrainedConfig) -> None:
+    for key in SIZES:
+        value = getattr(config, key, None)
+        if isinstance(value, int) and not isinstance(value, bool) and not 0 < value < 2**31:
+            raise ValueError(f"{key} is {value}")
+    if not 0 < (getattr(config, "num_hidden_layers", None) or 1) <= MOST_BLOCKS:
+        raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nslora_dist.errors import UserError
 from nslora_dist.explain import nearest
+from nslora_dist.named import is_local
 
 if TYPE_CHECKING:
     from nslora_dist.recipe import BaseModelSection
@@ -33,7 +34,9 @@ class Checkpoint:
         if index.is_file():
             try:
                 self.files: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
+                if not self.files or not all(isinstance(file, str) for file in self.files.values()):
+                    raise TypeError("its weight_map names no files")
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(f"{index}: not a safetensors index ({error}); fetch the checkpoint again") from error
         elif (folder / "model.safetensors").is_file():
             with self._open("model.safetensors") as opened:
@@ -50,7 +53,7 @@ class Checkpoint:
     def _open(self, file: str) -> Any:
         try:
             return safe_open(self.folder / file, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
+        except Exception as error:  # a damaged header can make it raise many things
             raise UserError(f"{self.folder / file}: unreadable ({error}); fetch the file again") from error
 
     def read(
@@ -81,7 +84,7 @@ class Checkpoint:
                 whole = rows is None or rows == slice(0, shape[0])
                 value = opened.get_tensor(name) if whole else opened.get_slice(name)[rows]
                 return value.to(device=device, dtype=dtype)
-            except SafetensorError as error:
+            except (SafetensorError, KeyError, TypeError, ValueError) as error:  # also a dtype that torch has not
                 raise UserError(f"{self.folder / file}: '{name}' is unreadable ({error})") from error
 
     def check(self, name: str, shape: tuple[int, ...]) -> str:
@@ -96,7 +99,7 @@ class Checkpoint:
         with self._open(file) as opened:
             try:
                 found = tuple(opened.get_slice(name).get_shape())
-            except SafetensorError as error:
+            except (SafetensorError, KeyError, TypeError, ValueError) as error:
                 raise UserError(f"{self.folder / file}: '{name}' is unreadable ({error})") from error
         if found != shape:
             raise UserError(f"{self.folder / file}: '{name}' is {found}, the model's config asks for {shape}")
@@ -129,9 +132,10 @@ def locate(section: BaseModelSection) -> Path:
         UserError: neither a folder nor a hub name that can be fetched.
     """
     folder = Path(section.path)
-    if folder.is_dir():
+    local = is_local(section.path, key="base_model.path")
+    if local and folder.is_dir():
         return folder
-    if section.path.startswith(("/", ".")) or folder.exists():
+    if local:
         raise UserError(f"base_model.path {section.path}: no such folder")
     try:
         patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model"]

@@ -41,13 +41,14 @@ def build_empty(section: BaseModelSection, config: PreTrainedConfig) -> PreTrain
                 "with pip install 'nslora_dist[flash]', or set base_model.attention=sdpa"
             )
     dtype = torch_dtype(section)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=dtype,
-            attn_implementation=section.attention,
-            trust_remote_code=section.trust_remote_code,
-        )
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=section.attention, trust_remote_code=False
+            )
+    except Exception as error:  # a model's own code says in many ways that its sizes do not fit each other
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"base_model.path {section.path}: no model can be built from its config ({said})") from error
     inner = getattr(model, "model", None)
     if not all(hasattr(inner, part) for part in ("embed_tokens", "layers", "norm", "rotary_emb")):
         raise UserError(

@@ -3,18 +3,19 @@
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from nslora_dist.bad_rows import RowCounts, duplicates_warning
 from nslora_dist.batches import IGNORED, Batch, pad_right
 from nslora_dist.errors import UserError
+from nslora_dist.heads import token_heads
 from nslora_dist.recipe import CalibrationSection, Source, Texts
-from nslora_dist.rows import from_rank0, load_rows, shuffled, token_ids
+from nslora_dist.rows import Rows, from_rank0, load_rows, shuffled
 
 log = logging.getLogger("nslora_dist")
 
@@ -32,6 +33,8 @@ class CalibrationTexts:
         heldout: Sequences kept back to measure the leak on; none for a probe.
         hash: sha256 over the token ids, lengths and the split in two.
         truncated: Rows longer than ``sequence_length``, of which the start is used.
+        counts: What became of the rows. Those longer than ``sequence_length`` and duplicates are counted among the
+            rows drawn: reading stops at ``calibration.samples`` sequences.
     """
 
     name: str
@@ -40,6 +43,7 @@ class CalibrationTexts:
     heldout: list[Tensor]
     hash: str
     truncated: int
+    counts: RowCounts = field(default_factory=RowCounts)
 
 
 def calibration_texts(section: CalibrationSection, tokenizer: PreTrainedTokenizerBase) -> list[CalibrationTexts]:
@@ -75,15 +79,16 @@ def _read(
     where: str, texts: Texts, section: CalibrationSection, tokenizer: PreTrainedTokenizerBase
 ) -> CalibrationTexts:
     rows = load_rows(texts, [texts.text_field], name=where)
-    sequences, truncated = _sequences(rows, section, tokenizer, where=where)
+    rows.tally.warn()
+    sequences, counts = _sequences(rows, section, tokenizer, where=where)
     if not sequences:
         raise UserError(
             f"{where}.path {texts.path}: field '{texts.text_field}' is empty in every row; name another field"
         )
     if len(sequences) < section.samples:
         log.warning("%s: %d sequences asked for, its rows make %d", where, section.samples, len(sequences))
-    if truncated:
-        log.info("%s: %d rows are longer than %d tokens and were cut", where, truncated, section.sequence_length)
+    if counts.too_long:
+        log.info("%s: %d rows are longer than %d tokens and were cut", where, counts.too_long, section.sequence_length)
     is_source = isinstance(texts, Source)
     kept_back = _heldout_count(len(sequences), section.heldout_fraction) if is_source else 0
     split = len(sequences) - kept_back
@@ -93,7 +98,8 @@ def _read(
         calibration=sequences[:split],
         heldout=sequences[split:],
         hash=_digest(sequences, split),
-        truncated=truncated,
+        truncated=counts.too_long,
+        counts=counts,
     )
 
 
@@ -104,16 +110,19 @@ def _heldout_count(count: int, fraction: float) -> int:
 
 
 def _sequences(
-    rows: Dataset, section: CalibrationSection, tokenizer: PreTrainedTokenizerBase, *, where: str
-) -> tuple[list[Tensor], int]:
-    """The first ``samples`` sequences that the shuffled rows make, and how many rows were cut for them."""
+    rows: Rows, section: CalibrationSection, tokenizer: PreTrainedTokenizerBase, *, where: str
+) -> tuple[list[Tensor], RowCounts]:
+    """The first ``samples`` sequences that the shuffled rows make, and the counts of all rows and of those drawn."""
     length = section.sequence_length
     found: list[list[int]] = []
     joined: list[int] = []
-    truncated = 0
-    for plain, whole in _tokenised(rows, shuffled(len(rows), section.seed), tokenizer):
+    seen: set[bytes] = set()
+    drawn = truncated = 0
+    for plain, whole in _tokenised(rows, shuffled(len(rows), section.seed), tokenizer, length=length):
         if not plain:
             continue
+        drawn += 1
+        seen.add(hashlib.blake2b(np.array(plain[:length], dtype="<i8").tobytes(), digest_size=16).digest())
         if len(plain) >= length:
             truncated += len(plain) > length
             found.append(plain[:length])
@@ -131,17 +140,23 @@ def _sequences(
             found.append(joined)
         elif joined:
             log.info("%s: the last %d joined tokens make no full sequence and are left out", where, len(joined))
-    return [torch.tensor(ids, dtype=torch.int64) for ids in found], truncated
+    duplicates_warning(where, drawn - len(seen), drawn)
+    counts = RowCounts(rows.read, dict(rows.tally.counts), drawn - len(seen), truncated)
+    return [torch.tensor(ids, dtype=torch.int64) for ids in found], counts
 
 
 def _tokenised(
-    rows: Dataset, order: np.ndarray, tokenizer: PreTrainedTokenizerBase
+    rows: Rows, order: np.ndarray, tokenizer: PreTrainedTokenizerBase, *, length: int
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Each row's tokens without and with the tokenizer's special tokens, a chunk at a time."""
-    for start in range(0, len(order), _CHUNK):
-        texts = list(rows[order[start : start + _CHUNK]][rows.column_names[0]])
-        plain, whole = token_ids(tokenizer, texts, special=False), token_ids(tokenizer, texts, special=True)
-        yield from zip(plain, whole, strict=True)
+    """Each row's tokens without and with the tokenizer's special tokens, a chunk at a time.
+
+    Of a row that is longer than ``length`` there may be only the first ``length + 1`` tokens without special ones.
+    """
+    for _, chunk in rows.chunks(order, rows=_CHUNK):
+        (texts,) = chunk.values()
+        plain = token_heads(tokenizer, texts, count=length + 1, special=False)
+        short = [text if len(ids) < length else "" for text, ids in zip(texts, plain, strict=True)]
+        yield from zip(plain, token_heads(tokenizer, short, count=length + 1, special=True), strict=True)
 
 
 def _digest(sequences: Sequence[Tensor], split: int) -> str:

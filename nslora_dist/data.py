@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from nslora_dist.bad_rows import RowCounts, duplicates_warning, empty_response
 from nslora_dist.batches import IGNORED, Batch, filler, pack, pad_right
 from nslora_dist.errors import UserError
+from nslora_dist.heads import token_heads
 from nslora_dist.recipe import DataSection, PromptSet, TrainSection
 from nslora_dist.rows import from_rank0, load_rows, load_tokenizer, pad_id, shuffled, token_ids
 
-__all__ = ["Batch", "TrainingData", "evaluation_batches", "load_rows", "load_tokenizer"]
+__all__ = ["Batch", "TrainingData", "evaluation_batches", "evaluation_samples", "load_rows", "load_tokenizer"]
 
 log = logging.getLogger("nslora_dist")
 
@@ -36,15 +38,16 @@ class Samples:
         tokens: (all tokens,), int32.
         offsets: (samples + 1,), int64.
         prompt_lengths: (samples,), int64: tokens before the response.
-        too_long: Rows longer than the maximum length.
-        left_out: Those of them that are not here: cutting was not asked for, or would leave nothing of the response.
+        places: For each sample the number of its line or row in what was read.
+        counts: What became of all rows. Rows longer than the maximum length are left out where cutting was not asked
+            for, or would leave nothing of the response.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     prompt_lengths: np.ndarray
-    too_long: int
-    left_out: int
+    places: np.ndarray
+    counts: RowCounts
 
     @property
     def lengths(self) -> np.ndarray:
@@ -60,6 +63,11 @@ class Samples:
         labels = self.ids(index)
         labels[: max(1, int(self.prompt_lengths[index]))] = IGNORED
         return labels
+
+    @property
+    def supervised(self) -> np.ndarray:
+        """(samples,), int64: tokens of each sample that are predicted and scored."""
+        return self.lengths - np.maximum(1, self.prompt_lengths)
 
     def digest(self) -> str:
         """sha256 over tokens, borders and prompt lengths."""
@@ -78,16 +86,23 @@ class TrainingData:
         tokens: Tokens of one epoch.
         truncated: Rows longer than ``data.max_length``, cut at the end.
         without_response: Those of them that were left out, since nothing of their response would have remained.
+        bad_rows: Reason → rows that were left out for it, under ``data.on_bad_row: skip``.
+        duplicates: Samples with exactly the tokens of an earlier one; they are kept.
+        counts: All of what became of the rows.
         hash: sha256 over the tokenised rows.
         steps_per_epoch: Optimizer steps that show every sample once.
         total_steps: Optimizer steps of the run.
     """
 
     def __init__(self, samples: Samples, data: DataSection, train: TrainSection, *, pad: int) -> None:
+        if not len(samples.prompt_lengths) or samples.supervised.min() < 1:
+            # The loss of a global batch is divided by its supervised tokens; with one in each sample there is no zero.
+            raise UserError("data: a sample without a token to predict; every one needs a prompt and a response")
         self._samples, self._train, self._pad = samples, train, pad
         self.samples = len(samples.prompt_lengths)
         self.tokens = len(samples.tokens)
-        self.truncated, self.without_response = samples.too_long, samples.left_out
+        self.truncated, self.without_response = samples.counts.too_long, samples.counts.left_out
+        self.counts, self.bad_rows, self.duplicates = samples.counts, samples.counts.bad, samples.counts.duplicates
         self.hash = samples.digest()
         self._packs: list[list[int]] | None = None
         self._lengths = samples.lengths  # of what a global batch counts: packs or samples
@@ -122,7 +137,7 @@ class TrainingData:
 
         Depends on its arguments and the recipe alone, so a run resumes anywhere, and over the ranks the batches hold
         the same samples whatever their number. An epoch's last global batch may be short: a rank with nothing left of
-        it gets rows without labels.
+        it gets rows without labels. Over the ranks a step has a supervised token at least, since every sample has.
 
         Returns:
             ``train.accumulation(world_size)`` batches of at most ``train.micro_batch_size`` rows.
@@ -168,7 +183,21 @@ def evaluation_batches(
     Raises:
         UserError: rows that cannot be read, an empty response, or no question left.
     """
-    samples = from_rank0(lambda: encode(section, tokenizer, max_length=max_length, cut=False, name=name))
+    samples = evaluation_samples(section, tokenizer, max_length=max_length, name=name)
+    return deal_evaluation(samples, tokenizer, batch_size=batch_size, rank=rank, world_size=world_size)
+
+
+def evaluation_samples(
+    section: PromptSet, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None, name: str = "evaluation"
+) -> Samples:
+    """An evaluation set on every rank, as ``evaluation_batches`` reads it; every rank must call this."""
+    return from_rank0(lambda: encode(section, tokenizer, max_length=max_length, cut=False, name=name))
+
+
+def deal_evaluation(
+    samples: Samples, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, rank: int, world_size: int
+) -> list[Batch]:
+    """This rank's share of an evaluation set, as ``evaluation_batches`` deals it."""
     everything = np.arange(len(samples.prompt_lengths))
     count = math.ceil(len(everything) / (batch_size * world_size))
     shares = _deal(everything, samples.lengths, count * world_size)
@@ -186,20 +215,22 @@ def encode(
     Raises:
         UserError: rows that cannot be read, an empty response, or no row left.
     """
-    rows = load_rows(section, [section.prompt_field, section.response_field], name=name)
-    tokens, lengths, prompt_lengths = array("i"), array("q"), array("q")
+    prompt_field, response_field = section.prompt_field, section.response_field
+    rows = load_rows(section, [prompt_field, response_field], name=name, filled=[response_field])
+    # One more than fits, so that it shows; BOS may stand twice and eos behind, which prompt_ids takes away.
+    count = None if max_length is None else max_length + 3
+    tokens, lengths, prompt_lengths, places = array("i"), array("q"), array("q"), array("q")
+    seen: set[bytes] = set()
     too_long = left_out = 0
-    for start in range(0, len(rows), _CHUNK):
-        chunk = rows[start : start + _CHUNK]
-        prompts = prompt_ids(tokenizer, [section.template.replace("{prompt}", p) for p in chunk[section.prompt_field]])
-        responses = token_ids(tokenizer, chunk[section.response_field], special=False)
-        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True), start=start):
+    for chosen, chunk in rows.chunks(np.arange(len(rows)), rows=_CHUNK):
+        texts = [section.template.replace("{prompt}", text) for text in chunk[prompt_field]]
+        prompts = prompt_ids(tokenizer, texts, count=count)
+        responses = token_heads(tokenizer, chunk[response_field], count=count, special=False)
+        for row, prompt, response in zip(chosen, prompts, responses, strict=True):
             if not response:
-                raise UserError(
-                    f"{name}.path {section.path}: row {row} (the first is 0): "
-                    f"field '{section.response_field}' is empty, there is nothing to predict; remove that row"
-                )
-            sample = [*prompt, *response, tokenizer.eos_token_id]
+                rows.tally.add(int(rows.numbers[row]), empty_response(response_field))
+                continue
+            sample = array("i", [*prompt, *response, tokenizer.eos_token_id])
             if max_length is not None and len(sample) > max_length:
                 too_long += 1
                 if not cut or max_length <= max(1, len(prompt)):  # a prompt alone has no scored token
@@ -209,23 +240,39 @@ def encode(
             tokens.extend(sample)
             lengths.append(len(sample))
             prompt_lengths.append(len(prompt))
+            places.append(int(rows.numbers[row]))
+            seen.add(hashlib.blake2b(sample.tobytes(), digest_size=16, salt=len(prompt).to_bytes(8, "little")).digest())
+    rows.tally.warn()
     if too_long:
         said = "%s: %d of %d rows are longer than %d tokens: %d cut at the end, %d left out"
         log.warning(said, name, too_long, len(rows), max_length, too_long - left_out, left_out)
+    if not lengths and not too_long:
+        raise UserError(f"{rows.tally.where}: no usable row is left: {rows.tally.summary()}; mend the data")
     if not lengths:
         raise UserError(
             f"{name}.path {section.path}: no row fits into {max_length} tokens with a response; raise max_length"
         )
+    duplicates = len(lengths) - len(seen)
+    duplicates_warning(name, duplicates, len(lengths))
     offsets = np.concatenate([[0], np.cumsum(np.array(lengths, dtype=np.int64))])
-    return Samples(np.array(tokens, np.int32), offsets, np.array(prompt_lengths, np.int64), too_long, left_out)
+    return Samples(
+        np.array(tokens, np.int32),
+        offsets,
+        np.array(prompt_lengths, np.int64),
+        np.array(places, np.int64),
+        RowCounts(rows.read, dict(rows.tally.counts), duplicates, too_long, left_out),
+    )
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Tokenises the part before the response: the tokenizer's special tokens in front, none behind, no BOS twice."""
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, count: int | None = None) -> list[list[int]]:
+    """Tokenises the part before the response: the tokenizer's special tokens in front, none behind, no BOS twice.
+
+    Of texts that are far longer than ``count`` tokens, there are at least the first ``count - 2``.
+    """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     plain, whole = (token_ids(tokenizer, ["a"], special=special)[0] for special in (False, True))
     closes = whole[-1:] == [eos] and plain[-1:] != [eos]  # some append eos to whatever they tokenise
-    found = [ids[:-1] if closes else ids for ids in token_ids(tokenizer, texts, special=True)]
+    found = [ids[:-1] if closes else ids for ids in token_heads(tokenizer, texts, count=count, special=True)]
     return [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in found]
 
 

@@ -227,6 +227,15 @@ def gather(value: T) -> list[T]:
     return everyone
 
 
+def everywhere(mine: bool) -> bool:
+    """Whether something holds on every rank; one number over gloo, so that a GPU is not waited for."""
+    if world_size() == 1:
+        return mine
+    holds = torch.tensor([int(mine)], dtype=torch.int32)
+    dist.all_reduce(holds, op=dist.ReduceOp.MIN)
+    return bool(holds.item())
+
+
 def barrier() -> None:
     """Waits for every rank."""
     if world_size() > 1:

@@ -1,7 +1,7 @@
 """What an adapter learned and what it disturbed: adaptation, retention, and interference by a forward pass."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,21 +10,29 @@ from transformers import PreTrainedTokenizerBase
 
 from nslora_dist import dist
 from nslora_dist.adapter import adapted_linears, observed
+from nslora_dist.bad_rows import RowCounts
 from nslora_dist.calibration.store import MIXTURE
 from nslora_dist.calibration_data import CalibrationTexts, text_batches
-from nslora_dist.data import Batch, evaluation_batches
+from nslora_dist.data import Batch, deal_evaluation, evaluation_samples
 from nslora_dist.engines import Engine
-from nslora_dist.recipe import EvaluationSection
+from nslora_dist.recipe import EvaluationSection, PromptSet
 
 ADAPTATION = "adaptation"
 
 
 @dataclass(frozen=True)
 class EvaluationSets:
-    """This rank's batches of the adaptation set and of every retention set."""
+    """This rank's batches of the adaptation set and of every retention set.
+
+    Attributes:
+        adaptation: None where it was not asked for.
+        retention: By name.
+        counts: ``adaptation`` or ``retention.<name>`` → what became of the set's rows, over all ranks.
+    """
 
     adaptation: list[Batch] | None
     retention: dict[str, list[Batch]]
+    counts: dict[str, RowCounts] = field(default_factory=dict)
 
     @classmethod
     def load(cls, section: EvaluationSection, tokenizer: PreTrainedTokenizerBase) -> "EvaluationSets":
@@ -33,20 +41,19 @@ class EvaluationSets:
         Raises:
             UserError: rows that cannot be read.
         """
+        counts: dict[str, RowCounts] = {}
 
-        def load(where: str, prompts: Any) -> list[Batch]:
-            return evaluation_batches(
-                prompts,
-                tokenizer,
-                batch_size=section.batch_size,
-                rank=dist.rank(),
-                world_size=dist.world_size(),
-                name=where,
-            )
+        def load(where: str, prompts: PromptSet) -> list[Batch]:
+            name = f"evaluation.{where}"
+            samples = evaluation_samples(prompts, tokenizer, max_length=section.max_length, name=name)
+            counts[where] = samples.counts
+            here = {"rank": dist.rank(), "world_size": dist.world_size()}
+            return deal_evaluation(samples, tokenizer, batch_size=section.batch_size, **here)
 
         return cls(
-            adaptation=None if section.adaptation is None else load("evaluation.adaptation", section.adaptation),
-            retention={name: load(f"evaluation.retention.{name}", s) for name, s in section.retention.items()},
+            adaptation=None if section.adaptation is None else load("adaptation", section.adaptation),
+            retention={name: load(f"retention.{name}", prompts) for name, prompts in section.retention.items()},
+            counts=counts,
         )
 
 

@@ -29,6 +29,7 @@ from nslora_dist.plan.check import check
 from nslora_dist.plan.shapes import shapes_of
 from nslora_dist.provenance import read_provenance
 from nslora_dist.recipe import Recipe
+from nslora_dist.redact import redact_all
 from nslora_dist.report import strict, summary_table
 
 log = logging.getLogger("nslora_dist")
@@ -80,17 +81,19 @@ def run_evaluation(recipe: Recipe, device: torch.device, *, adapter: Sequence[st
         mine = {text: {m: value for m, value in values.items() if m in own.factors} for text, values in found.items()}
         interference[name] = summarise(mine, texts)
     engine.close()
-    report = strict(
-        {
-            "recipe": recipe.model_dump(mode="json"),
-            "engine": recipe.engine.name,
-            "world_size": dist.world_size(),
-            "quantization": recipe.base_model.quantization,
-            "adapters": described,
-            "evaluation": scores,
-            "interference_by_arm": interference,
-            "seconds": time.perf_counter() - started,
-        }
+    report = redact_all(
+        strict(
+            {
+                "recipe": recipe.model_dump(mode="json"),
+                "engine": recipe.engine.name,
+                "world_size": dist.world_size(),
+                "quantization": recipe.base_model.quantization,
+                "adapters": described,
+                "evaluation": scores,
+                "interference_by_arm": interference,
+                "seconds": time.perf_counter() - started,
+            }
+        )
     )
     with dist.together("writing the evaluation"):
         if dist.is_main():

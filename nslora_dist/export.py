@@ -20,9 +20,9 @@ from nslora_dist.card import model_card
 from nslora_dist.engines.base import Engine
 from nslora_dist.errors import UserError
 from nslora_dist.null_lora import NullLoraLinear, confined_factors
+from nslora_dist.provenance import CONFIG_FILE, WEIGHTS_FILE, verify_files
+from nslora_dist.redact import redact
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
 
@@ -162,7 +162,9 @@ def write_adapter(
         tensors[f"base_model.model.{module}.lora_A.weight"] = pair.lora_a
         tensors[f"base_model.model.{module}.lora_B.weight"] = pair.lora_b
     ranks = sorted({pair.rank for pair in factors.values()})
-    text = model_card(location or folder, card, base_model=base_model, revision=revision, ranks=ranks, scale=scale)
+    text = redact(
+        model_card(location or folder, card, base_model=base_model, revision=revision, ranks=ranks, scale=scale)
+    )
     with replace_folder(folder) as partial:
         config.save_pretrained(str(partial))
         save_tensors(partial / WEIGHTS_FILE, tensors)
@@ -183,9 +185,10 @@ def read_adapter(folder: Path, *, heads: dict[str, Tensor] | None = None) -> tup
         Module name to factors, on the CPU in the file's dtype, and the contents of ``adapter_config.json``.
 
     Raises:
-        UserError: a file is missing or damaged, or it holds more than two factors a module (DoRA, biases, saved
-            modules, embeddings): what these add would be lost without a word.
+        UserError: a file is missing, damaged or not the one that ``nslora.json`` describes, or it holds more than two
+            factors a module (DoRA, biases, saved modules, embeddings): what these add would be lost without a word.
     """
+    verify_files(folder)
     config = read_json(folder / CONFIG_FILE)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{folder / CONFIG_FILE}: peft_type is not LORA; only LoRA adapters can be read")

@@ -70,9 +70,9 @@ def export(
     grams = task_grams(engine, arm, device=device) if recipe.writes_update_grams else None
 
     def more(partial: Path) -> None:
-        write_provenance(partial, Provenance(base, calibration, recipe.base_model.path))
         if grams is not None:
             write_update_grams(partial, grams)
+        write_provenance(partial, Provenance(base, calibration, recipe.base_model.path))  # last: it hashes the others
 
     with dist.together("writing the adapter"):
         if dist.is_main():

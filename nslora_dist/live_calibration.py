@@ -90,7 +90,7 @@ def calibrate(
     """
     if isinstance(batches, Iterator):
         raise UserError("calibrate: batches is a generator, which ends after one pass; give a list or a DataLoader")
-    if folder is not None and Path(folder).exists():
+    if folder is not None and (Path(folder).exists() or Path(folder).is_symlink()):
         raise UserError(f"calibrate: {folder} exists already; give a new folder")
     linears = _linears(model, target_modules)
     training = model.training

@@ -24,6 +24,7 @@ from nslora_dist.merging.model import AUTO_CLASSES, load_merged, model_task
 from nslora_dist.merging.nsc import NscResult, optimise
 from nslora_dist.merging.tasks import Task, read_tasks
 from nslora_dist.provenance import Provenance, write_provenance
+from nslora_dist.redact import redact_all
 
 log = logging.getLogger("nslora_dist")
 
@@ -173,7 +174,7 @@ def _write(
             report["rank"] = max(ranks, default=None)
             report["compression_error"] = {"max": max(errors), "mean": sum(errors) / len(errors)}
             report["seconds"] = time.perf_counter() - started
-            artifacts.write_json(partial / "report.json", report)
+            artifacts.write_json(partial / "report.json", redact_all(report))
             artifacts.write_text(partial / "recipe.yaml", recipe.to_yaml())
     except OSError as error:
         raise UserError(f"output_dir {folder}: cannot be written ({error.strerror})") from error

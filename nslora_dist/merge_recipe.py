@@ -6,8 +6,10 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from nslora_dist.recipe import BaseModelSection, Count, Positive, Section, Texts
+from nslora_dist.recipe import BaseModelSection, Section, Texts
 from nslora_dist.recipe_file import load_recipe_as
+from nslora_dist.recipe_types import Count, Name, Positive, Seed
+from nslora_dist.redact import redact_all
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -59,22 +61,22 @@ class NscSection(Section):
     steps: Count | None = None
     batch_size: Count = 4  # inputs a task and step, over all ranks
     activation_checkpointing: bool = False
-    seed: int = 0
+    seed: Seed = 0
 
 
 class SparseSection(Section):
     """TIES and DARE: the share of each ΔW's entries that stay, by magnitude (ties) or by chance (dare_ties)."""
 
     density: Share = 0.2
-    seed: int = 0
+    seed: Seed = 0
 
 
 class MergeRecipe(Section):
     """One merge, whole."""
 
-    name: str
+    name: Name
     base_model: MergeBase | None = None
-    adapters: dict[str, MergedAdapter]
+    adapters: dict[Name, MergedAdapter]
     method: Method
     nsc: NscSection | None = None
     sparse: SparseSection | None = None
@@ -95,9 +97,6 @@ class MergeRecipe(Section):
     def _combinations(self) -> "MergeRecipe":
         if len(self.adapters) < 2:
             raise ValueError(f"adapters: a merge needs at least two, this recipe names {len(self.adapters)}")
-        for name in self.adapters:
-            if not name or any(sign in name for sign in "/\\") or name.startswith("."):
-                raise ValueError(f"adapters.{name}: a name becomes a file name; use letters, digits, - and _")
         given = [name for name, adapter in self.adapters.items() if adapter.coefficient is not None]
         if 0 < len(given) < len(self.adapters):
             missing = next(name for name in self.adapters if name not in given)
@@ -144,8 +143,8 @@ class MergeRecipe(Section):
         return {n: default if a.coefficient is None else a.coefficient for n, a in self.adapters.items()}
 
     def to_yaml(self) -> str:
-        """The resolved recipe, every default filled in."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+        """The resolved recipe, every default filled in and every secret masked."""
+        return yaml.safe_dump(redact_all(self.model_dump(mode="json")), sort_keys=False, allow_unicode=True, width=120)
 
 
 def load_merge_recipe(name: str, overrides: Sequence[str] = ()) -> MergeRecipe:

@@ -1,9 +1,6 @@
 """The one place that knows the whole way: recipe → null space → adapter → training → adapter on disk → report."""
 
 import logging
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,30 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nslora_dist import artifacts, dist
+from nslora_dist import artifacts, dist, watch
 from nslora_dist.arm_job import Arm, final_interference, make_job
-from nslora_dist.arms import FinishedArm, evaluation_hash
+from nslora_dist.arm_stage import Bench, run_arm
 from nslora_dist.base_config import load_config
 from nslora_dist.base_files import Checkpoint, locate
 from nslora_dist.base_model import build_empty
 from nslora_dist.calibration import store
+from nslora_dist.calibration.parts import Parts
 from nslora_dist.calibration.run import Calibration
 from nslora_dist.calibration.store import NullSpace
 from nslora_dist.calibration.weights import WeightNullSpace, reuse_or_make
 from nslora_dist.calibration_data import calibration_texts
 from nslora_dist.data import TrainingData, load_tokenizer
-from nslora_dist.engines import Engine, start_engine
+from nslora_dist.engines import Engine
 from nslora_dist.engines.base import Job
 from nslora_dist.errors import UserError
-from nslora_dist.evaluate import EvaluationSets, evaluate, summarise
-from nslora_dist.export_arm import export
+from nslora_dist.evaluate import EvaluationSets
 from nslora_dist.input_groups import InputGroup, input_groups, target_groups
 from nslora_dist.plan.check import check
 from nslora_dist.plan.shapes import shapes_of
 from nslora_dist.recipe import Recipe
-from nslora_dist.report import Scalars, spectrum_entry, summary_table, write_report, written_paths
+from nslora_dist.report import spectrum_entry, summary_table, write_report, written_paths
 from nslora_dist.run_folder import claim_folder
-from nslora_dist.trainer import peak_memory, train
+from nslora_dist.trainer import peak_memory
 
 log = logging.getLogger("nslora_dist")
 
@@ -50,23 +47,16 @@ class Run:
         """
         self.recipe, self.device = recipe, device
         self.folder = Path(recipe.output_dir)
-        self.seconds: dict[str, float] = {}
+        self.clock = watch.Clock()
         recipe.train.accumulation(dist.world_size())
         with dist.together("finding the base model"):
             self.base_folder = locate(recipe.base_model)
             self.checkpoint = Checkpoint(self.base_folder)
             self.config = load_config(recipe.base_model)
         self.groups = self._groups(recipe)
-        with self.phase("data"):
+        with self.clock.phase("data"):
             self.tokenizer = load_tokenizer(recipe.base_model)
             self.texts = calibration_texts(recipe.calibration, self.tokenizer)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Times a phase for the report."""
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def _groups(self, recipe: Recipe) -> list[InputGroup]:
         return target_groups(input_groups(build_empty(recipe.base_model, self.config)), recipe.adapter)
@@ -95,8 +85,9 @@ class Run:
             log.info("null space: %s fits base, data and settings; used again", folder)
             return found
         self._check_room(recipe, "calibrate")
-        with self.phase("calibration"):
+        with self.clock.phase("calibration"):
             empty = build_empty(recipe.base_model, self.config)
+            parts = Parts(self.folder / "calibration" / "activations", key["key"])
             calibration = Calibration(
                 empty,
                 self.checkpoint,
@@ -104,12 +95,14 @@ class Run:
                 section=recipe.calibration,
                 adapter=recipe.adapter,
                 device=self.device,
+                parts=parts,
             )
             made = calibration.run(self.texts)
             null_space = NullSpace(manifest=key | made.manifest, tensors=made.tensors)
             with dist.together("writing the null space"):
                 if dist.is_main():
                     store.save(folder, null_space)
+            parts.clear()
         return null_space
 
     def weight_null_space(self, arm: Recipe) -> WeightNullSpace | None:
@@ -120,7 +113,7 @@ class Run:
         """
         if arm.adapter.method != "null_lora":
             return None
-        with self.phase("null spaces of the weights"):
+        with self.clock.phase("null spaces of the weights"):
             found = reuse_or_make(
                 self.folder,
                 self.checkpoint,
@@ -172,7 +165,7 @@ class Run:
             arm.train.accumulation(dist.world_size())
             self._groups(arm)
             _fits(arm, recipe)
-        with self.phase("data"):
+        with self.clock.phase("data"):
             data = TrainingData.load(recipe.data, recipe.train, self.tokenizer)
             sets = EvaluationSets.load(recipe.evaluation, self.tokenizer)
         for arm in (recipe, *baselines.values()):
@@ -189,6 +182,7 @@ class Run:
             "quantization": recipe.base_model.quantization,
             "evaluation": {},
             "interference_by_arm": {},
+            "trained_by": {},
             "leak": None if null_space is None else null_space.leak(),
             "spectra": _spectra(null_space),
             "weight_null_space": {name: found.facts(arms[name].adapter.rank) for name, found in weights.items()},
@@ -200,75 +194,31 @@ class Run:
                 "without_response": data.without_response,
             },
         }
-        hashes = self._null_space_key["hashes"] | {"rows": data.hash, "evaluation": evaluation_hash(sets)}
+        bench = Bench(
+            folder=self.folder,
+            device=self.device,
+            texts=self.texts,
+            sets=sets,
+            base=self._fingerprint,
+            hashes=self._null_space_key["hashes"],
+            clock=self.clock,
+            job=lambda arm: self.job(arm.recipe, arm.null_space),
+            own=recipe.arm_name,
+        )
         for name, arm in arms.items():
             start = weights.get(name, null_space if _fits(arm, recipe) else None)
             arm_data = data if arm.train == recipe.train else TrainingData.load(arm.data, arm.train, self.tokenizer)
-            figures = self._arm(Arm(name, arm, start, arm_data), sets, report, hashes)
+            figures = run_arm(Arm(name, arm, start, arm_data), bench, report)
             if arm is recipe:
-                report |= {key: figures[key] for key in ("losses", "grad_norms", "tokens_per_second")}
+                report |= {key: figures[key] for key in ("losses", "grad_norms", "skipped", "tokens_per_second")}
         memory = torch.tensor([peak_memory()], dtype=torch.int64, device=self.device)
         if dist.world_size() > 1:
             torch.distributed.all_reduce(memory, op=torch.distributed.ReduceOp.MAX)
-        report |= {"seconds": self.seconds, "peak_memory_bytes": int(memory)}
-        with dist.together("writing the report"):
+        report |= {"seconds": self.clock.seconds, "peak_memory_bytes": int(memory)}
+        with watch.phase("report"), dist.together("writing the report"):
             if dist.is_main():
                 write_report(self.folder, report)
         return report
-
-    def _arm(self, arm: Arm, sets: EvaluationSets, report: dict[str, Any], hashes: dict[str, Any]) -> dict[str, Any]:
-        """Trains one adapter, measures it and writes it, or takes up what an earlier run of the same left.
-
-        Returns:
-            The arm's figures, which are in the report as well.
-        """
-        name, own = arm.name, arm.name == self.recipe.arm_name
-        folder = self.folder / ("adapter" if own else f"baselines/{name}")
-        finished = FinishedArm(self.folder, name, folder, arm=arm.recipe, hashes=hashes)
-        figures = finished.read()
-        engine = None
-        if figures is None:
-            engine, figures = self._train_arm(arm, sets, report)
-        report["evaluation"].setdefault("base", figures["base"])
-        report["evaluation"][name] = figures["scores"]
-        report["interference_by_arm"][name] = figures["interference"]
-        if own:
-            report |= {"interference": figures["interference"], "adapter": str(folder)}
-        if engine is not None:
-            with self.phase("export"):
-                export(engine, arm, folder, report, texts=self.texts, base=self._fingerprint, device=self.device)
-            engine.close()
-            finished.write(figures | {"seconds": self.seconds})
-        else:
-            # The phases that were skipped took their time in the run that did them.
-            self.seconds = figures["seconds"] | {k: v for k, v in self.seconds.items() if k == "data"}
-        return figures
-
-    def _train_arm(self, arm: Arm, sets: EvaluationSets, report: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
-        """Loads, trains and measures; the adapter is still in the engine."""
-        section = arm.recipe.train
-        with self.phase("load"):
-            engine = start_engine(self.job(arm.recipe, arm.null_space), arm.recipe)
-        base = report["evaluation"].get("base")
-        if base is None:
-            # Every adapter starts as the base's own function, so the first arm's engine stands for the base.
-            with self.phase("evaluation"):
-                base = evaluate(engine, sets, device=self.device)
-        with self.phase("training"), Scalars(self.folder / "tensorboard" / arm.name) as scalars:
-            trained = train(
-                engine, arm.data, section, device=self.device, scalars=scalars, description=f"training {arm.name}"
-            )
-        with self.phase("evaluation"):
-            scores = evaluate(engine, sets, device=self.device) | {"learning_rate": section.learning_rate}
-            interference = summarise(self.interference(engine, arm.data), self.texts)
-        return engine, {
-            "base": base,
-            "scores": scores,
-            "interference": interference,
-            "losses": trained.losses,
-            "grad_norms": trained.grad_norms,
-            "tokens_per_second": trained.tokens_per_second,
-        }
 
     def interference(self, engine: Engine, data: TrainingData) -> dict[str, dict[str, Tensor]]:
         """Source or probe → module → ‖ΔW X‖ / ‖W X‖ of the adapter as it is now."""

@@ -198,7 +198,7 @@ def save_base(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folde
     """
     model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
 
 
 def _weighted_loss(

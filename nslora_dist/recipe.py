@@ -7,10 +7,12 @@ Every check that needs no weights lives here, so that a wrong recipe ends before
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from nslora_dist.errors import UserError
 from nslora_dist.explain import explain
+from nslora_dist.recipe_train import CheckpointSection, EngineSection, TrainSection
+from nslora_dist.recipe_types import Count, Fraction, Name, Names, Positive, Section, Seed
+from nslora_dist.redact import redact_all
 from nslora_dist.zero_file import read_zero_config
 
 LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -24,19 +26,12 @@ The short side of a trained rectangular matrix is well-conditioned: in ``recipes
 directions of gate, up, down, k and v have σ ≤ 0.05 σ_max, and 8 to 80 have σ ≤ 0.1 σ_max.
 """
 
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Count = Annotated[int, Field(ge=1)]
-Names = Annotated[
-    tuple[str, ...], Field(min_length=1), BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
-]
-
-
-class Section(BaseModel):
-    """A part of the recipe: unknown keys and wrong types are errors, and values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+VOLATILE = (
+    *("engine", "checkpoint", "resume", "output_dir", "base_model.config"),
+    *("calibration.batch_size", "calibration.hidden_states", "evaluation.batch_size"),
+    *("train.micro_batch_size", "train.activation_checkpointing", "train.compile", "train.log_every"),
+)
+"""What may change while a run goes on: how it is computed and where, not what; results differ by rounding at most."""
 
 
 class BaseModelSection(Section):
@@ -51,7 +46,6 @@ class BaseModelSection(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     quantization: Literal["none", "nf4"] = "none"
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
-    trust_remote_code: bool = False
 
 
 class Texts(Section):
@@ -61,6 +55,7 @@ class Texts(Section):
     subset: str | None = None
     split: str = "train"
     text_field: str = "text"
+    on_bad_row: Literal["error", "skip"] = "error"  # not UTF-8, broken JSON, a field that is missing or not text
 
 
 class Source(Texts):
@@ -79,15 +74,15 @@ class SolverSection(Section):
 class CalibrationSection(Section):
     """The streamed Gram pass over named sources, and probes that only measure."""
 
-    sources: Annotated[dict[str, Source], Field(min_length=1)]
-    probes: dict[str, Texts] = {}
-    samples: Annotated[int, Field(ge=2)] = 256
+    sources: Annotated[dict[Name, Source], Field(min_length=1)]
+    probes: dict[Name, Texts] = {}
+    samples: Annotated[Count, Field(ge=2)] = 256
     sequence_length: Count = 2048
     batch_size: Count = 1
     concatenate: bool = False  # join short rows, an end-of-sequence token after each, into sequences of full length
     heldout_fraction: Fraction = 0.125
     hidden_states: Literal["device", "host"] = "device"
-    seed: int = 0
+    seed: Seed = 0
     solver: SolverSection = SolverSection()
 
     @model_validator(mode="after")
@@ -171,6 +166,7 @@ class PromptSet(Section):
     response_field: str = "response"
     samples: Count | None = None
     template: str = "{prompt}"
+    on_bad_row: Literal["error", "skip"] = "error"  # as for texts; an empty response as well
 
     @model_validator(mode="after")
     def _template(self) -> "PromptSet":
@@ -186,71 +182,6 @@ class DataSection(PromptSet):
     packing: bool = False
 
 
-class TrainSection(Section):
-    """The optimisation: AdamW with decoupled weight decay, token-weighted loss."""
-
-    learning_rate: Positive
-    weight_decay: NonNegative = 0.0
-    betas: Annotated[tuple[Fraction, Fraction], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = (
-        0.9,
-        0.999,
-    )
-    max_steps: Count | None = None
-    epochs: Positive | None = None
-    global_batch_size: Count = 128
-    micro_batch_size: Count = 1
-    warmup_ratio: Fraction = 0.03
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    max_grad_norm: Positive = 1.0
-    activation_checkpointing: bool = False
-    compile: bool = False  # torch.compile of each decoder block; its first steps take minutes
-    seed: int = 0
-    max_skipped_steps: Annotated[int, Field(ge=0)] = 3  # in a row, for a loss or gradient that is not finite
-    log_every: Count = 10
-    update_grams: bool | None = None  # C = A G Aᵀ of the task beside the adapter, for merging; default: for lora_null
-
-    @model_validator(mode="after")
-    def _length(self) -> "TrainSection":
-        if (self.max_steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of max_steps and epochs")
-        if self.global_batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"global_batch_size {self.global_batch_size} is no multiple of micro_batch_size {self.micro_batch_size}"
-            )
-        return self
-
-    def accumulation(self, world_size: int) -> int:
-        """Micro-batches per rank and optimizer step.
-
-        Raises:
-            UserError: the global batch does not divide over the ranks.
-        """
-        per_pass = self.micro_batch_size * world_size
-        if self.global_batch_size % per_pass:
-            raise UserError(
-                f"train.global_batch_size {self.global_batch_size} is no multiple of micro_batch_size "
-                f"{self.micro_batch_size} x {world_size} ranks; "
-                f"use train.global_batch_size={-(-self.global_batch_size // per_pass) * per_pass}"
-            )
-        return self.global_batch_size // per_pass
-
-
-class EngineSection(Section):
-    """Who shards parameters, gradients and optimizer state."""
-
-    name: Literal["zero3", "fsdp2", "single"] = "zero3"
-    config: str | None = None
-    timeout_seconds: Annotated[float, Field(ge=1.0)] = 1800.0  # without any progress: then a rank is missing
-
-
-class CheckpointSection(Section):
-    """When the state of training is written, how much of it is kept, and how long a pre-empted job takes to leave."""
-
-    every: Count | None = 100  # optimizer steps; null writes only at the end of training and on SIGTERM
-    keep_last: Count = 2
-    grace_seconds: Positive = 25.0  # torchrun and deepspeed kill what is left 30 s after passing SIGTERM on
-
-
 class Baseline(Section):
     """Another arm trained on the same data for comparison: overrides of ``adapter`` and ``train``."""
 
@@ -264,13 +195,14 @@ class EvaluationSection(Section):
     adaptation: PromptSet | None = None
     retention: dict[str, PromptSet] = {}
     batch_size: Count = 8
-    baselines: dict[str, Baseline] = {}
+    max_length: Count = 8192  # longer questions, answer included, are left out
+    baselines: dict[Name, Baseline] = {}
 
 
 class Recipe(Section):
     """One job, whole: ``recipe → base model → Grams → null space → adapter → engine → trainer → evaluation``."""
 
-    name: str
+    name: Name
     base_model: BaseModelSection
     calibration: CalibrationSection
     adapter: AdapterSection
@@ -338,9 +270,25 @@ class Recipe(Section):
         except ValidationError as error:
             raise ValueError(f"evaluation.baselines.{baseline}: {explain(error, Recipe)}") from error
 
+    def lasting(self) -> dict[str, Any]:
+        """The recipe as JSON without ``VOLATILE``: what two starts of one run have in common."""
+        return without_volatile(self.model_dump(mode="json"))
+
     def to_yaml(self) -> str:
-        """The resolved recipe, every default filled in."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+        """The resolved recipe, every default filled in and every secret masked."""
+        return yaml.safe_dump(redact_all(self.model_dump(mode="json")), sort_keys=False, allow_unicode=True, width=120)
+
+
+def without_volatile(tree: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's tree without ``VOLATILE``; the tree itself stays as it is."""
+    kept = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
+    for name in VOLATILE:
+        section, _, key = name.partition(".")
+        if not key:
+            kept.pop(section, None)
+        elif isinstance(kept.get(section), dict):
+            kept[section].pop(key, None)
+    return kept
 
 
 def check_zero_config(recipe: Recipe) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from nslora_dist.errors import UserError
 from nslora_dist.explain import explain, nearest
 from nslora_dist.recipe import Recipe
+from nslora_dist.yaml_file import parse_yaml, read_yaml
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 PATH_KEYS = {"path", "config", "output_dir"}
@@ -29,8 +29,10 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
             names the value, where it came from and what to do.
     """
     tree, origin, keys = _read_tree(name, overrides)
-    if "engine.name" in keys and "engine.config" not in keys and tree["engine"]["name"] != "zero3":
-        tree["engine"].pop("config", None)  # the recipe's file was for the engine that the command line replaces
+    if "engine.name" in keys and "engine.config" not in keys:
+        engine = tree["engine"]
+        if isinstance(engine, dict) and engine.get("name") != "zero3":
+            engine.pop("config", None)  # the recipe's file was for the engine that the command line replaces
     return _validated(Recipe, tree, origin, keys)
 
 
@@ -45,14 +47,11 @@ def _read_tree(name: str, overrides: Sequence[str]) -> tuple[dict[str, Any], str
     if not path.is_file():
         known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
         raise UserError(f"--recipe {name}: no such recipe{nearest(name, known)}; recipes/ has {', '.join(known)}")
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader with another float rule)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections, this is {type(tree).__name__}")
     _resolve_paths(tree, path.resolve().parent)
-    tree.setdefault("name", path.stem)
+    tree.setdefault("name", re.sub(r"[^\w.-]", "_", path.stem).lstrip(".") or "recipe")
     tree.setdefault("output_dir", f"runs/{tree['name']}")
     for override in overrides:
         _apply(tree, override)
@@ -64,15 +63,6 @@ def _validated(kind: type[R], tree: dict[str, Any], origin: str, keys: Sequence[
         return kind.model_validate(tree)
     except ValidationError as error:
         raise UserError(explain(error, kind, origin=origin, overridden=keys)) from error
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML reads ``1e-4`` as text, after YAML 1.1; people mean a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"), list("-+0123456789.")
-)
 
 
 def _resolve_paths(tree: Any, folder: Path) -> None:
@@ -98,9 +88,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not all(parts):
         raise UserError(f"'{override}': an override is written section.key=value")
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506
-    except yaml.YAMLError as error:
-        raise UserError(f"'{override}': the value is not readable as YAML; put it in quotes") from error
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise UserError(f"{override!r}: the value is not readable as YAML ({error}); put it in quotes") from error
     for depth, part in enumerate(parts[:-1], start=1):
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):

@@ -21,6 +21,7 @@ from nslora_dist.card import (
     weight_null_table,
 )
 from nslora_dist.plots import CAPTIONS, draw_plots, interference_by_arm, log_spaced, own_arm
+from nslora_dist.redact import redact_all
 
 WRITTEN = (
     ("adapter", "adapter"),
@@ -48,7 +49,7 @@ class Scalars:
         if dist.is_main():
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder), purge_step=start or None, flush_secs=10)
+            self._writer = SummaryWriter(str(folder), purge_step=start, flush_secs=10)
 
     def add(self, step: int, values: Mapping[str, float | None]) -> None:
         """Adds each tag's value at ``step``; None is a value that was not measured and leaves no point."""
@@ -108,7 +109,7 @@ def write_report(run: Path, report: Mapping[str, Any]) -> None:
             {threshold, dim, left_out, modules}}, as ``WeightNullSpace.facts``).
     """
     run.mkdir(parents=True, exist_ok=True)
-    clean = strict(report)
+    clean = redact_all(strict(report))
     write_json(run / "report.json", clean)
     drawn = draw_plots(run / "plots", clean)
     write_text(run / "report.md", _markdown(clean, drawn))

@@ -2,20 +2,27 @@
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+import uuid
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-from datasets import Dataset, Value, load_dataset
+from datasets import Dataset, load_dataset
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+from datasets.table import InMemoryTable
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nslora_dist import dist
+from nslora_dist.bad_rows import Tally
+from nslora_dist.column_rows import judge_rows
 from nslora_dist.errors import UserError
 from nslora_dist.explain import nearest
+from nslora_dist.json_rows import is_array, is_by_line, read_json, refuse_other_encodings
+from nslora_dist.named import is_local
 from nslora_dist.recipe import BaseModelSection, PromptSet, Texts
 
 log = logging.getLogger("nslora_dist")
@@ -24,6 +31,11 @@ log = logging.getLogger("nslora_dist")
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
+
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+
+_JUDGED = 1000  # rows of a dataset judged at a time
+_CHUNK_SIZE = 16 * 2**20
 
 T = TypeVar("T")
 
@@ -35,12 +47,11 @@ def load_tokenizer(section: BaseModelSection) -> PreTrainedTokenizerBase:
         UserError: no tokenizer at ``base_model.path``, or one without an end-of-sequence token.
     """
     where = f"base_model.path {section.path}"
+    is_local(section.path, key="base_model.path")
     if not Path(section.path).exists() and _means_a_file(section.path):
         raise UserError(f"{where}: no such folder; give a local model folder or a hub name")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            section.path, revision=section.revision, trust_remote_code=section.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(section.path, revision=section.revision, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the file format at hand raises
         raise UserError(
             f"{where}: no tokenizer could be loaded ({one_line(error)}); "
@@ -53,37 +64,87 @@ def load_tokenizer(section: BaseModelSection) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_rows(section: Texts | PromptSet, fields: Sequence[str], *, name: str) -> Dataset:
-    """Opens a hub dataset, a local file or a local folder, and checks the fields that will be read.
+@dataclass(frozen=True)
+class Rows:
+    """The usable rows of a set, and what became of the others.
+
+    Attributes:
+        table: One column a field, all text.
+        numbers: (rows,), int64: where each row stands in what was read; ``place`` puts it into words.
+        sizes: (rows,), int64: characters or bytes of its text, roughly.
+        read: Rows read, the bad ones included.
+        tally: The bad ones, for the caller to warn of (``Tally.warn``) once it has added its own.
+    """
+
+    table: Dataset
+    numbers: np.ndarray
+    sizes: np.ndarray
+    read: int
+    tally: Tally
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        return iter(self.table)
+
+    def chunks(self, order: np.ndarray, *, rows: int) -> Iterator[tuple[np.ndarray, dict[str, list[str]]]]:
+        """The rows in this order, at most ``rows`` and about 16 MiB of text at a time, at least one.
+
+        Yields:
+            The rows' indices, and their texts by field.
+        """
+        start = 0
+        while start < len(order):
+            chosen = order[start : start + rows]
+            fits = int(np.searchsorted(np.cumsum(self.sizes[chosen]), _CHUNK_SIZE, side="right"))
+            chosen = chosen[: max(1, fits)]
+            found = self.table[chosen]
+            yield chosen, {field: list(found[field]) for field in self.table.column_names}
+            start += len(chosen)
+
+    def place(self, row: int) -> str:
+        """Which row it is, as a person counts them in the file."""
+        return self.tally.place(int(self.numbers[row]))
+
+
+def load_rows(section: Texts | PromptSet, fields: Sequence[str], *, name: str, filled: Sequence[str] = ()) -> Rows:
+    """Opens a hub dataset, a local file or a local folder, and judges every row by the fields that will be read.
 
     What exists on disk is local, everything else a hub name. One local file is whatever split the recipe names.
 
     Args:
-        section: Path, subset and split; a set of prompts may keep only its first ``samples`` rows.
+        section: Path, subset, split and ``on_bad_row``; a set of prompts may keep only its first ``samples`` usable
+            rows, and no row past them is judged.
         fields: Columns to keep; every value in them must be text.
         name: The section's place in the recipe, for messages.
+        filled: Fields that must not be empty.
 
     Returns:
-        A dataset of at least one row with exactly these columns.
+        At least one row.
 
     Raises:
-        UserError: nothing there that can be read, no such subset, split or field, no rows, or a row that is not text.
+        UserError: nothing there that can be read, no such subset, split or field, no rows, a bad row under
+            ``on_bad_row: error``, or none left under ``skip``.
     """
     where = f"{name}.path {section.path}"
-    rows = _open(section, where=where, name=name)
-    for field in dict.fromkeys(fields):
-        if field not in rows.column_names:
-            known = ", ".join(rows.column_names)
-            raise UserError(f"{where}: no field '{field}'{nearest(field, rows.column_names)}; its fields are {known}")
-    if len(rows) == 0:
+    fields = list(dict.fromkeys(fields))
+    limit = section.samples if isinstance(section, PromptSet) else None
+    path = Path(section.path)
+    is_local(section.path, key=f"{name}.path")
+    if path.is_file():
+        _check_file(section, where=where, name=name)
+    rows: Rows | None = None
+    if path.is_file() and path.suffix in JSON_SUFFIXES:
+        rows = _read_json(section, fields, filled=filled, limit=limit, where=where, name=name)
+    if rows is None:
+        rows = _read_dataset(section, fields, filled=filled, limit=limit, where=where, name=name)
+    if rows.read == 0:
         raise UserError(f"{where}: split '{section.split}' has no rows; give a file or split that has some")
-    rows = rows.select_columns(list(dict.fromkeys(fields)))
-    if isinstance(section, PromptSet) and section.samples is not None:
-        if section.samples > len(rows):
-            log.warning("%s: %d rows asked for (samples), %d there: all are used", where, section.samples, len(rows))
-        rows = rows.select(range(min(section.samples, len(rows))))
-    for field in rows.column_names:
-        _check_text(rows, field, where=where)
+    if len(rows) == 0:
+        raise UserError(f"{where}: no usable row is left, of {rows.read}: {rows.tally.summary()}; mend the data")
+    if limit is not None and limit > len(rows):
+        log.warning("%s: %d rows asked for (samples), %d there: all are used", where, limit, len(rows))
     return rows
 
 
@@ -125,23 +186,81 @@ def one_line(error: BaseException | str, *, limit: int = 200) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def _check_file(section: Texts | PromptSet, *, where: str, name: str) -> None:
+    path = Path(section.path)
+    if path.suffix not in BUILDERS:
+        raise UserError(f"{where}: files of kind '{path.suffix}' are not read; use {', '.join(BUILDERS)}")
+    if section.subset is not None:
+        raise UserError(f"{name}.subset {section.subset}: {section.path} is one file and has no subsets; leave it out")
+    if path.stat().st_size == 0:
+        raise UserError(f"{where}: the file is empty; give one with rows")
+
+
+def _read_json(
+    section: Texts | PromptSet, fields: list[str], *, filled: Sequence[str], limit: int | None, where: str, name: str
+) -> Rows | None:
+    """A local JSON file's rows; None where it has another shape, which ``datasets`` may know."""
+    path = Path(section.path)
+    try:
+        refuse_other_encodings(path, where=where)
+        by_line = is_by_line(path)
+        if not by_line and not is_array(path):
+            return None
+        tally = Tally(section.on_bad_row, where=where, name=name, lines=by_line)
+        found = read_json(path, fields, filled=filled, split=section.split, limit=limit, tally=tally)
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read: {error.strerror or error}") from error
+    # A fingerprint of its own: by default the whole table would be pickled for one.
+    table = Dataset(InMemoryTable(found.table), fingerprint=uuid.uuid4().hex)
+    kept = slice(limit)
+    if limit is not None and len(table) > limit:
+        table = table.select(range(limit))
+    return Rows(table, found.numbers[kept], found.sizes[kept], found.read, tally)
+
+
+def _read_dataset(
+    section: Texts | PromptSet, fields: list[str], *, filled: Sequence[str], limit: int | None, where: str, name: str
+) -> Rows:
+    rows = _open(section, where=where, name=name)
+    for field in fields:
+        if field not in rows.column_names:
+            known = ", ".join(rows.column_names)
+            raise UserError(f"{where}: no field '{field}'{nearest(field, rows.column_names)}; its fields are {known}")
+    rows = rows.select_columns(fields)
+    tally = Tally(section.on_bad_row, where=where, name=name, lines=False)
+    kept, sizes = array("q"), array("q")
+    read = 0
+    most = len(rows) if limit is None else limit
+    for start in range(0, len(rows), _JUDGED):
+        problems, lengths = judge_rows(rows, range(start, min(start + _JUDGED, len(rows))), filled=filled)
+        for index, (problem, length) in enumerate(zip(problems, lengths, strict=True), start=start):
+            if len(kept) == most:
+                break
+            read += 1
+            if problem is not None:
+                tally.add(index, problem)
+                continue
+            kept.append(index)
+            sizes.append(length)
+        if len(kept) == most:
+            break
+    numbers = np.array(kept, np.int64)
+    # A selection that is a range stays mapped from disk as it is.
+    rows = rows.select(range(len(kept)) if not tally.counts else numbers)
+    return Rows(rows, numbers, np.array(sizes, np.int64), read, tally)
+
+
 def _open(section: Texts | PromptSet, *, where: str, name: str) -> Dataset:
     path = Path(section.path)
     arguments: dict[str, Any] = {"path": section.path, "name": section.subset}
     if path.is_file():
-        if path.suffix not in BUILDERS:
-            raise UserError(f"{where}: files of kind '{path.suffix}' are not read; use {', '.join(BUILDERS)}")
-        if section.subset is not None:
-            raise UserError(
-                f"{name}.subset {section.subset}: {section.path} is one file and has no subsets; leave it out"
-            )
-        if path.stat().st_size == 0:
-            raise UserError(f"{where}: the file is empty; give one with rows")
         split = re.match(r"\w+", section.split)  # "train" of "train[:100]"
         files = {split.group() if split else "train": str(path)}
         arguments = {"path": BUILDERS[path.suffix], "data_files": files}
     elif not path.exists() and _means_a_file(section.path):
         raise UserError(f"{where}: no such file or folder; a hub name is written owner/name")
+    elif section.path in _PACKAGED_DATASETS_MODULES and not path.exists():
+        raise UserError(f"{where}: that is a file format, not a dataset; give a file, or a hub name as owner/name")
     level = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises
     try:
@@ -160,6 +279,8 @@ def _why_unreadable(error: Exception, section: Texts | PromptSet, *, where: str,
         return f"{name}.split '{section.split}' of {section.path}: {said}"
     if "onfig" in said and ("not found" in said or "missing" in said):
         return f"{name}.subset {section.subset} of {section.path}: {said}"
+    if Path(section.path).is_dir() and "JSON" in said:
+        return f"{where}: cannot be read as a folder of data files: {said}; name one file, to be told the line"
     if Path(section.path).exists():
         return f"{where}: cannot be read as {Path(section.path).suffix.lstrip('.') or 'a folder of data files'}: {said}"
     return (
@@ -170,23 +291,3 @@ def _why_unreadable(error: Exception, section: Texts | PromptSet, *, where: str,
 def _means_a_file(path: str) -> bool:
     """Whether a path that does not exist cannot be a hub name either."""
     return Path(path).suffix in BUILDERS or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) is None or path.startswith(".")
-
-
-def _check_text(rows: Dataset, field: str, *, where: str) -> None:
-    feature = rows.features[field]
-    if isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view"):
-        column = rows.with_format("arrow")[:][field]
-        index = pc.index(pc.is_null(column), True).as_py() if column.null_count else -1
-        try:
-            column.validate(full=True)
-        except pa.ArrowInvalid as error:  # the JSON reader lets other encodings through, up to the first access
-            raise UserError(f"{where}: field '{field}' is not UTF-8 throughout; convert the file to UTF-8") from error
-    else:
-        index = next((i for i, row in enumerate(rows) if not isinstance(row[field], str)), -1)
-    if index < 0:
-        return
-    value = rows[index][field]
-    found = "missing or null" if value is None else f"{type(value).__name__} {one_line(repr(value), limit=40)}"
-    raise UserError(
-        f"{where}: row {index} (the first is 0): field '{field}' is {found}, not text; correct or remove that row"
-    )

@@ -1,17 +1,17 @@
 """The run folder: claimed for one recipe, never shared with another's run or somebody's files."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from nslora_dist import artifacts, dist
+from nslora_dist import artifacts, dist, logs
 from nslora_dist.errors import StorageError, UserError
-from nslora_dist.recipe import Recipe
+from nslora_dist.recipe import Recipe, without_volatile
+from nslora_dist.yaml_file import parse_yaml, read_yaml
 
-VOLATILE = ("engine", "checkpoint", "resume", "output_dir", "train.log_every", "base_model.config")
-"""What may differ between two starts of one run: none of it changes a number."""
+PARTIAL = ".recipe.yaml.partial"
+"""All that a process leaves which dies while it claims a folder."""
 
 
 def claim_folder(recipe: Recipe) -> None:
@@ -20,28 +20,55 @@ def claim_folder(recipe: Recipe) -> None:
     The engine may differ, for everything in the folder can move between engines.
 
     Raises:
-        UserError: the folder holds something else; on every rank.
+        UserError: the folder holds something else, a link to somewhere else, or, with ``resume: never``, anything that
+            training left; on every rank.
     """
-    folder = Path(recipe.output_dir)
     with dist.together("claiming the output folder"):
-        if not dist.is_main():
-            return
-        known = folder / "recipe.yaml"
-        if known.is_file():
-            theirs, ours = yaml.safe_load(known.read_text(encoding="utf-8")), yaml.safe_load(recipe.to_yaml())
-            different = sorted(_differences(theirs, ours))
-            if different:
+        if dist.is_main():
+            _claim(Path(recipe.output_dir), recipe)
+    logs.open_at(Path(recipe.output_dir))
+
+
+def _claim(folder: Path, recipe: Recipe) -> None:
+    refuse_links(folder)
+    known = folder / "recipe.yaml"
+    if known.is_file():
+        theirs, ours = read_yaml(known), without_volatile(parse_yaml(recipe.to_yaml()))
+        different = sorted(_differences(without_volatile(theirs) if isinstance(theirs, dict) else {}, ours))
+        if different:
+            raise UserError(
+                f"output_dir {folder}: holds another recipe's run ({', '.join(different[:3])} differ); "
+                "give output_dir=another/folder, or move that one away"
+            )
+        begun = [name for name in ("checkpoints", "arms", "adapter", "baselines") if (folder / name).exists()]
+        if begun and recipe.resume == "never":
+            raise UserError(
+                f"resume never: {folder} holds this recipe's run ({', '.join(begun)}); resume=auto goes on from "
+                "there, output_dir=another/folder begins anew"
+            )
+    elif folder.exists() and (not folder.is_dir() or any(path.name != PARTIAL for path in folder.iterdir())):
+        raise UserError(f"output_dir {folder}: holds files of no run; give output_dir=another/folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        artifacts.write_text(known, recipe.to_yaml())
+    except OSError as error:
+        raise StorageError(f"output_dir {folder}: cannot be written ({error.strerror})") from error
+
+
+def refuse_links(folder: Path) -> None:
+    """Nothing is written through a symbolic link inside a run's folder; the folder itself may be one.
+
+    Raises:
+        UserError: there is a link; the message names it.
+    """
+    for parent, folders, files in os.walk(folder):  # which does not follow links
+        for name in sorted(folders + files):
+            path = Path(parent, name)
+            if path.is_symlink():
                 raise UserError(
-                    f"output_dir {folder}: holds another recipe's run ({', '.join(different[:3])} differ); "
-                    "give output_dir=another/folder, or move that one away"
+                    f"output_dir {folder}: {path.relative_to(folder)} in it is a symbolic link, and a run writes to no "
+                    "place outside its folder; put a copy there, or remove the link"
                 )
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"output_dir {folder}: holds files of no run; give output_dir=another/folder")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            artifacts.write_text(known, recipe.to_yaml())
-        except OSError as error:
-            raise StorageError(f"output_dir {folder}: cannot be written ({error.strerror})") from error
 
 
 def _differences(theirs: Any, ours: Any, path: str = "") -> Iterator[str]:
@@ -51,5 +78,4 @@ def _differences(theirs: Any, ours: Any, path: str = "") -> Iterator[str]:
         return
     for key in theirs.keys() | ours.keys():
         here = f"{path}.{key}" if path else str(key)
-        if here not in VOLATILE:
-            yield from _differences(theirs.get(key), ours.get(key), here)
+        yield from _differences(theirs.get(key), ours.get(key), here)

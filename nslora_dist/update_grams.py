@@ -14,8 +14,7 @@ from nslora_dist.adapter import Adapter, adapted_linears
 from nslora_dist.artifacts import load_tensors, save_tensors
 from nslora_dist.batches import Batch
 from nslora_dist.errors import UserError
-
-UPDATE_GRAMS_FILE = "update_grams.safetensors"
+from nslora_dist.provenance import UPDATE_GRAMS_FILE
 
 
 def write_update_grams(folder: Path, grams: Mapping[str, Tensor]) -> None:

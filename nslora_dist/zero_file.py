@@ -24,7 +24,7 @@ def read_zero_config(name: str, recipe: Mapping[str, Any]) -> dict[str, Any]:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"engine.config {path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"engine.config {path}: not JSON ({error})") from error
     if not isinstance(settings, dict):
         raise ValueError(f"engine.config {path}: must hold a JSON object")

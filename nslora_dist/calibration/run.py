@@ -16,14 +16,15 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from nslora_dist import dist
+from nslora_dist import dist, watch
 from nslora_dist.base_files import Checkpoint
 from nslora_dist.calibration.grams import NONE_BAD, Collector, GroupSums
+from nslora_dist.calibration.parts import AGAIN, Part, Parts
 from nslora_dist.calibration.solve import Solution, solve_group
 from nslora_dist.calibration.store import MIXTURE, NullSpace
 from nslora_dist.calibration.stream import BlockStream, Texts
 from nslora_dist.calibration_data import CalibrationTexts, text_batches
-from nslora_dist.errors import UserError
+from nslora_dist.errors import Preempted, UserError
 from nslora_dist.frozen import FrozenLinear
 from nslora_dist.input_groups import InputGroup
 from nslora_dist.null_space import pack_triangle, unpack_triangle
@@ -57,14 +58,16 @@ class Calibration:
         section: CalibrationSection,
         adapter: AdapterSection,
         device: torch.device,
+        parts: Parts | None = None,
     ) -> None:
-        """``model`` is empty; ``groups`` are the targets' input groups of all blocks."""
+        """``model`` is empty; ``groups`` are the targets' input groups of all blocks; ``parts`` keeps done blocks."""
         self.stream = BlockStream(model, checkpoint, device=device, place=section.hidden_states)
         self.model = model
         self.groups = groups
         self.section = section
         self.adapter = adapter
         self.device = device
+        self.parts = parts
         self.tensors: dict[str, Tensor] = {}
         self.group_entries: dict[str, Any] = {}
         self.module_entries: dict[str, Any] = {}
@@ -81,6 +84,7 @@ class Calibration:
 
         Raises:
             UserError: an activation is not finite; on every rank, naming module and sample.
+            Preempted: a rank was asked to stop; the blocks that are done are on disk, where there are ``parts``.
         """
         self.weights = {t.name: t.weight for t in texts if t.weight is not None}
         sources = [self._deal(t.name, t.calibration) for t in texts if t.weight is not None]
@@ -88,13 +92,24 @@ class Calibration:
         self.probes = [self._deal(t.name, t.calibration) for t in texts if t.weight is None]
         self.stream.embed([*sources, *self.heldout, *self.probes])
         pending: Pending | None = None
-        bar = tqdm(range(len(self.stream.blocks)), desc="calibration", unit="block", disable=not dist.is_main())
+        count = len(self.stream.blocks)
+        bar = tqdm(range(count), desc="calibration", unit="block", disable=not dist.is_main())
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="solver") as thread:
+            done = True
             for number in bar:
+                watch.progress(f"block {number + 1} of {count}")
+                if dist.stopping():
+                    raise Preempted(f"calibration: stopped before block {number + 1} of {count}, as asked; {AGAIN}")
                 self.stream.load(number)
                 groups = self._of_block(number)
                 # Widest first: dealt last, it would go to whoever has just got the narrow ones.
                 owners = {g.name: self._owner(g) for g in sorted(groups, key=lambda g: -g.in_features)}
+                if done and self._take_up(number):
+                    for text in (*sources, *self.heldout, *self.probes):
+                        self.stream.run(number, text, Collector([], {}))
+                    self.stream.release(number)
+                    continue
+                done = False
                 sums, grams = self._sources(number, sources, groups, owners)
                 if pending is not None:
                     self._finish(pending)
@@ -102,6 +117,7 @@ class Calibration:
                 future = thread.submit(self._solve, number, mine, grams, sums)
                 pending = Pending(number, groups, sums, future, owners)
             if pending is not None:
+                watch.progress(f"solving block {count} of {count}")
                 self._finish(pending)
         tokens = {text.name: sum(len(s) for s in (*text.calibration, *text.heldout)) for text in texts}
         manifest = {
@@ -244,6 +260,27 @@ class Calibration:
         self.stream.release(pending.number)
         for group in pending.groups:
             self._record_measured(group, held, probed)
+        if self.parts is not None:
+            self.parts.write(pending.number, self._part(pending.number))
+
+    def _part(self, number: int) -> Part:
+        """What the artifact has of one block."""
+        prefix = self.stream.blocks[number][0] + "."
+        groups, modules, tensors = (
+            {name: value for name, value in of.items() if name.startswith(prefix)}
+            for of in (self.group_entries, self.module_entries, self.tensors)
+        )
+        return Part({"groups": groups, "modules": modules}, tensors)
+
+    def _take_up(self, number: int) -> bool:
+        """Whether an earlier process has done this block; then the artifact has its share."""
+        part = None if self.parts is None else self.parts.read(number)
+        if part is None:
+            return False
+        self.group_entries |= part.entries["groups"]
+        self.module_entries |= part.entries["modules"]
+        self.tensors |= part.tensors
+        return True
 
     def _record(self, group: InputGroup, solution: Solution, sums: dict[str, Sums]) -> None:
         """Puts what the owner found, and the sources' energies, into the artifact."""

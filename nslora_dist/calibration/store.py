@@ -20,7 +20,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from nslora_dist import artifacts, dist
+from nslora_dist import artifacts, dist, manifests
 from nslora_dist.errors import UserError
 
 MIXTURE = "calibration"
@@ -48,9 +48,14 @@ class ModuleStart:
 class Stored:
     """Null spaces as they are kept. ``tensors`` is filled on rank 0 alone; the manifest is known everywhere."""
 
+    FOLDER: ClassVar[str]
     FILE: ClassVar[str]
     manifest: dict[str, Any]
     tensors: Mapping[str, Tensor]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors that a reader needs, and their shapes, as the manifest has them."""
+        raise NotImplementedError
 
     def send(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """One float32 tensor from rank 0 on every rank: call it on all of them, in the same order."""
@@ -68,7 +73,22 @@ S = TypeVar("S", bound=Stored)
 class NullSpace(Stored):
     """A calibrated null space."""
 
+    FOLDER = "null_space"
     FILE = "null_space.safetensors"
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors that ``starts`` sends."""
+        rank = self.manifest["settings"]["rank"]
+        found: dict[str, tuple[int, ...]] = {}
+        for module, entry in self.manifest["modules"].items():
+            group = entry["group"]
+            found[f"{group}.basis"] = (self.manifest["groups"][group]["in_features"], rank)
+            found |= {f"{group}.update_gram.{name}": (rank, rank) for name in entry["references"]}
+            if entry["mixed"]:
+                found[f"{module}.mix"] = (rank, rank)
+            if entry["has_start_b"]:
+                found[f"{module}.start_B"] = (entry["out_features"], rank)
+        return found
 
     def starts(self, modules: Iterable[str], *, device: torch.device) -> Iterator[tuple[str, ModuleStart]]:
         """Each module's start, sent from rank 0 to every rank: call it on all of them, in the same order.
@@ -112,7 +132,7 @@ def save(folder: Path, stored: Stored) -> None:
     """Writes the artifact, whole or not at all; on rank 0."""
     with artifacts.replace_folder(folder) as fresh:
         artifacts.save_tensors(fresh / stored.FILE, stored.tensors)
-        artifacts.write_manifest(fresh, stored.manifest)
+        manifests.write_manifest(fresh, stored.manifest)
 
 
 def load(folder: Path, kind: type[S] = NullSpace) -> S:  # type: ignore[assignment]
@@ -121,8 +141,22 @@ def load(folder: Path, kind: type[S] = NullSpace) -> S:  # type: ignore[assignme
     Raises:
         UserError: a file is missing, damaged or not as the manifest says.
     """
-    manifest = artifacts.read_manifest(folder)
-    return kind(manifest=manifest, tensors=artifacts.load_tensors(folder / kind.FILE))
+    manifest = manifests.read_manifest(folder, needs=[kind.FILE])
+    found = kind(manifest=manifest, tensors=artifacts.load_tensors(folder / kind.FILE))
+    try:
+        wanted = found.shapes()
+        said = "key" if not isinstance(manifest["key"], str) else ""
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # whole, but written by something else
+        raise UserError(
+            f"{folder / manifests.MANIFEST}: is not a null space's ({error!r}); give another folder"
+        ) from error
+    for name, shape in wanted.items():
+        tensor = found.tensors.get(name)
+        if tensor is None or tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
+            said = name
+    if said:
+        raise UserError(f"{folder}: its '{said}' is missing or not as {manifests.MANIFEST} says; make it again")
+    return found
 
 
 def reusable(folder: Path, key: str, kind: type[S] = NullSpace) -> S | None:  # type: ignore[assignment]
@@ -134,8 +168,6 @@ def reusable(folder: Path, key: str, kind: type[S] = NullSpace) -> S | None:  # 
     with dist.together("reading the null space"):
         if dist.is_main() and (folder / "manifest.json").is_file():
             candidate = load(folder, kind)
-            if "key" not in candidate.manifest:
-                raise UserError(f"{folder}: its manifest.json is not a null space's; give another output_dir")
             found = candidate if candidate.manifest["key"] == key else None
     manifest: Any = dist.share(found.manifest if found is not None else None)
     if manifest is None:

@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from nslora_dist import artifacts, dist
+from nslora_dist import artifacts, dist, watch
 from nslora_dist.base_files import Checkpoint
 from nslora_dist.base_model import blocks
 from nslora_dist.base_weights import empty_unit, fill_unit
 from nslora_dist.calibration import store
+from nslora_dist.calibration.parts import AGAIN, Part, Parts
 from nslora_dist.calibration.store import Stored
-from nslora_dist.errors import UserError
+from nslora_dist.errors import Preempted, UserError
 from nslora_dist.frozen import FrozenLinear
 from nslora_dist.input_groups import InputGroup, LinearShape
 from nslora_dist.recipe import AdapterSection, CalibrationSection, Recipe
@@ -43,7 +44,17 @@ log = logging.getLogger("nslora_dist")
 class WeightNullSpace(Stored):
     """The null spaces of all target weights."""
 
+    FOLDER = "weight_null_space"
     FILE = "weight_null_space.safetensors"
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors that ``bases`` sends."""
+        return {
+            f"{name}.{side}": (entry[side]["size"], entry[side]["kept"])
+            for name, entry in self.manifest["modules"].items()
+            for side in ("right", "left")
+            if entry[side]["kept"]
+        }
 
     def sizes(self, rank: int) -> dict[str, NullSizes]:
         """Every target module's sizes at the recipe's ``rank``; those without a rank have to be left out.
@@ -96,6 +107,7 @@ def weight_null_spaces(
     adapter: AdapterSection,
     section: CalibrationSection,
     device: torch.device,
+    parts: Parts | None = None,
 ) -> WeightNullSpace:
     """Decomposes every target weight; collective.
 
@@ -106,45 +118,74 @@ def weight_null_spaces(
         adapter: null_dim and null_threshold.
         section: solver (method and placement) and seed.
         device: this rank's.
+        parts: keeps the blocks that are done.
 
     Returns:
         The null spaces, without their key and hashes.
 
     Raises:
         UserError: a weight is missing or not finite; on every rank, naming it.
+        Preempted: a rank was asked to stop; the blocks that are done are on disk, where there are ``parts``.
     """
     tensors: dict[str, Tensor] = {}
     entries: dict[str, Any] = {}
     loads = [0.0] * dist.world_size()
-    bar = tqdm(blocks(model), desc="null spaces of the weights", unit="block", disable=not dist.is_main())
-    for name, block in bar:
+    every = blocks(model)
+    bar = tqdm(every, desc="null spaces of the weights", unit="block", disable=not dist.is_main())
+    for number, (name, block) in enumerate(bar):
+        watch.progress(f"block {number + 1} of {len(every)}")
+        if dist.stopping():
+            raise Preempted(f"null spaces of the weights: stopped before {name}, as asked; {AGAIN}")
         shapes = [shape for group in groups for shape in group.modules if shape.name.startswith(f"{name}.")]
         owners = _deal(shapes, loads, adapter=adapter, spread=section.solver.placement == "spread")
-        mine: dict[str, WeightNull] = {}
-        fill_unit(block, name, checkpoint, device=device)
-        with dist.together(f"decomposing the weights of {name}"):
-            for shape in shapes:
-                if owners[shape.name] == dist.rank():
-                    linear = block.get_submodule(shape.name.removeprefix(f"{name}."))
-                    mine[shape.name] = _solve(shape, linear, adapter=adapter, section=section)
-        empty_unit(block)
-        known: dict[str, Any] = {}
-        for part in dist.gather({module: _entry(found) for module, found in mine.items()}):
-            known |= part
-        for shape in shapes:
-            entries[shape.name] = entry = known[shape.name]
-            for side in ("right", "left"):
-                if entry[side]["kept"] == 0:
-                    continue
-                if shape.name in mine:
-                    basis: Tensor = getattr(mine[shape.name], side).basis.contiguous()
-                else:
-                    basis = torch.empty(entry[side]["size"], entry[side]["kept"], device=device)
-                dist.broadcast(basis, source=owners[shape.name])
-                if dist.is_main():
-                    tensors[f"{shape.name}.{side}"] = basis.cpu()
+        part = None if parts is None else parts.read(number)
+        if part is None:
+            fill_unit(block, name, checkpoint, device=device)
+            part = _decompose(name, block, shapes, owners, adapter=adapter, section=section, device=device)
+            empty_unit(block)
+            if parts is not None:
+                parts.write(number, part)
+        entries |= part.entries
+        tensors |= part.tensors
     settings = {"dim": adapter.null_dim, "threshold": adapter.null_threshold}
     return WeightNullSpace(manifest={"settings": settings, "modules": entries}, tensors=tensors)
+
+
+def _decompose(
+    name: str,
+    block: nn.Module,
+    shapes: Sequence[LinearShape],
+    owners: dict[str, int],
+    *,
+    adapter: AdapterSection,
+    section: CalibrationSection,
+    device: torch.device,
+) -> Part:
+    """The target weights of one block, each by its owner, all sent to rank 0."""
+    tensors: dict[str, Tensor] = {}
+    mine: dict[str, WeightNull] = {}
+    with dist.together(f"decomposing the weights of {name}"):
+        for shape in shapes:
+            if owners[shape.name] == dist.rank():
+                linear = block.get_submodule(shape.name.removeprefix(f"{name}."))
+                mine[shape.name] = _solve(shape, linear, adapter=adapter, section=section)
+    known: dict[str, Any] = {}
+    for found in dist.gather({module: _entry(null) for module, null in mine.items()}):
+        known |= found
+    entries = {shape.name: known[shape.name] for shape in shapes}
+    for shape in shapes:
+        for side in ("right", "left"):
+            entry = entries[shape.name][side]
+            if entry["kept"] == 0:
+                continue
+            if shape.name in mine:
+                basis: Tensor = getattr(mine[shape.name], side).basis.contiguous()
+            else:
+                basis = torch.empty(entry["size"], entry["kept"], device=device)
+            dist.broadcast(basis, source=owners[shape.name])
+            if dist.is_main():
+                tensors[f"{shape.name}.{side}"] = basis.cpu()
+    return Part(entries, tensors)
 
 
 def _deal(
@@ -230,15 +271,17 @@ def reuse_or_make(
         ),
     }
     digest = artifacts.hash_json(hashes)
-    folder = run / "weight_null_space"
+    folder = run / WeightNullSpace.FOLDER
     found = store.reusable(folder, digest, WeightNullSpace)
     if found is not None:
         log.info("null spaces of the weights: %s fits base and settings; used again", folder)
         return found
-    made = weight_null_spaces(model(), checkpoint, groups, adapter=adapter, section=section, device=device)
+    parts = Parts(run / "calibration" / "weights", digest)
+    made = weight_null_spaces(model(), checkpoint, groups, adapter=adapter, section=section, device=device, parts=parts)
     manifest = {"kind": "weight_null_space", "key": digest, "hashes": hashes, **made.manifest}
     found = WeightNullSpace(manifest=manifest, tensors=made.tensors)
     with dist.together("writing the weights' null spaces"):
         if dist.is_main():
             store.save(folder, found)
+    parts.clear()
     return found

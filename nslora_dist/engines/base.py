@@ -6,8 +6,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
+from nslora_dist.adapter import adapted_linears
 from nslora_dist.base_model import units
 from nslora_dist.base_weights import finish, return_freed_memory
 from nslora_dist.data import Batch
@@ -32,6 +35,28 @@ class Job:
     device: torch.device
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps of every parameter, under PyTorch's names."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's run of one trained parameter's elements, in row-major order; every engine's share is such a run.
+
+    Attributes:
+        name: of the adapted module and its parameter, ``model.layers.0.self_attn.q_proj.lora_B``.
+        shape: of the whole parameter.
+        start: the first element that this rank keeps.
+        values: ``value`` (the float32 master) and ``MOMENTS``, each (n,) float32, n the same for all and possibly 0.
+            Views of what the optimizer writes: copy them before the next step.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    values: dict[str, Tensor]
+
+
 class Engine(Protocol):
     """One training set-up. Every method but ``model`` is collective: all ranks call it in the same order."""
 
@@ -51,10 +76,27 @@ class Engine(Protocol):
         ...
 
     def step(self, learning_rate: float) -> float:
-        """Clips, updates and clears.
+        """Clips, updates and clears; a gradient that is not finite is cleared and changes nothing.
 
         Returns:
             The global gradient norm before clipping.
+        """
+        ...
+
+    def skip(self) -> None:
+        """Clears the gradients of a whole step's micro-batches and changes nothing else."""
+        ...
+
+    def shards(self) -> list[Shard]:
+        """What this rank keeps of every trained parameter: over the ranks, every element once."""
+        ...
+
+    def restore(self, shards: list[Shard], *, updates: int) -> None:
+        """Takes up the state of another training: ``shards`` are those of ``shards()`` with the values to be had.
+
+        Args:
+            shards: the same runs in the same order.
+            updates: AdamW's step count.
         """
         ...
 
@@ -120,6 +162,16 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def trained_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The same, by adapted module and parameter: names that every engine shares."""
+    return {
+        f"{name}.{key}": parameter
+        for name, module in adapted_linears(model).items()
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad
+    }
+
+
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW with decoupled weight decay on every trained parameter: on D = B − B₀ it pulls ΔW towards zero."""
     train = recipe.train
@@ -132,10 +184,53 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
 def clip_and_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float, learning_rate: float
 ) -> Tensor:
-    """Clips the global gradient norm, steps and clears; returns the norm before clipping, () float32."""
+    """Clips the global gradient norm, steps and clears; returns the norm before clipping, () float32.
+
+    Where the norm is not finite no step is taken, for it would end the training.
+    """
     norm = torch.nn.utils.clip_grad_norm_(trained(model), max_grad_norm)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    optimizer.step()
+    if bool(norm.isfinite()):
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def whole_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """AdamW's state of one parameter, made as AdamW makes it where no step was taken yet."""
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        state |= {key: torch.zeros_like(parameter, memory_format=torch.preserve_format) for key in MOMENTS}
+    return state
+
+
+@torch.no_grad()
+def optimizer_shards(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Shard]:
+    """``Engine.shards`` where parameters are whole, or DTensors sharded by rows."""
+    found = []
+    for name, parameter in trained_by_name(model).items():
+        state = whole_moments(optimizer, parameter)
+        values = {"value": parameter.detach(), **{key: state[key] for key in MOMENTS}}
+        start = 0
+        if isinstance(parameter, DTensor):
+            _, (row, *_) = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+            start = row * parameter.shape[1:].numel()
+            values = {key: value.to_local() for key, value in values.items()}  # type: ignore[attr-defined]
+        found.append(Shard(name, tuple(parameter.shape), start, {key: v.view(-1) for key, v in values.items()}))
+    return found
+
+
+@torch.no_grad()
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, shards: list[Shard], *, updates: int) -> None:
+    """``Engine.restore`` for the same."""
+    for own, given in zip(optimizer_shards(model, optimizer), shards, strict=True):
+        assert (own.name, own.start) == (given.name, given.start)
+        for key, value in own.values.items():
+            value.copy_(given.values[key])
+    for parameter in trained_by_name(model).values():
+        optimizer.state[parameter]["step"].fill_(updates)

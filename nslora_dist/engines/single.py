@@ -5,7 +5,15 @@ from torch import Tensor, nn
 
 from nslora_dist import dist
 from nslora_dist.data import Batch
-from nslora_dist.engines.base import Job, clip_and_step, make_optimizer, prepare
+from nslora_dist.engines.base import (
+    Job,
+    Shard,
+    clip_and_step,
+    make_optimizer,
+    optimizer_shards,
+    prepare,
+    restore_optimizer,
+)
 from nslora_dist.errors import UserError
 from nslora_dist.recipe import Recipe
 
@@ -48,6 +56,18 @@ class SingleEngine:
         """See ``Engine``."""
         norm = clip_and_step(self.root, self.optimizer, max_grad_norm=self.max_grad_norm, learning_rate=learning_rate)
         return float(norm)
+
+    def skip(self) -> None:
+        """See ``Engine``."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def shards(self) -> list[Shard]:
+        """See ``Engine``."""
+        return optimizer_shards(self.model, self.optimizer)
+
+    def restore(self, shards: list[Shard], *, updates: int) -> None:
+        """See ``Engine``."""
+        restore_optimizer(self.model, self.optimizer, shards, updates=updates)
 
     def gather(self, parameter: nn.Parameter) -> Tensor:
         """See ``Engine``."""

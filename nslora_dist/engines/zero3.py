@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nslora_dist import dist
 from nslora_dist.data import Batch
-from nslora_dist.engines.base import Job, make_optimizer, prepare
+from nslora_dist.engines.base import MOMENTS, Job, Shard, make_optimizer, prepare, trained_by_name, whole_moments
 from nslora_dist.errors import UserError
 from nslora_dist.recipe import Recipe, check_zero_config
 
@@ -18,7 +18,13 @@ os.environ.setdefault("DS_LOG_LEVEL", "warning")
 try:
     import deepspeed
     from deepspeed.runtime.zero.partition_parameters import Init
-    from deepspeed.utils import safe_get_full_fp32_param
+    from deepspeed.utils import (
+        safe_get_full_fp32_param,
+        safe_get_local_fp32_param,
+        safe_get_local_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
 except ImportError as error:
     raise UserError(f"engine.name zero3: deepspeed cannot be imported ({error}); pip install deepspeed") from error
 
@@ -102,6 +108,54 @@ class Zero3Engine:
             group["lr"] = learning_rate
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
+
+    def skip(self) -> None:
+        """See ``Engine``. As DeepSpeed drops a step itself whose gradient norm is not finite."""
+        zero = self.engine.optimizer
+        zero._overflow_clean_up(zero.loss_scale)
+        self.engine.micro_steps += 1  # the boundary that ``engine.step`` would have passed
+
+    @torch.no_grad()
+    def shards(self) -> list[Shard]:
+        """See ``Engine``. DeepSpeed deals a parameter's elements evenly, in order, and pads the last part."""
+        found = []
+        parameters: dict[str, Any] = trained_by_name(self.model)  # DeepSpeed has hung things of its own on them
+        for name, parameter in parameters.items():
+            self._moments(parameter)
+            size = parameter.partition_numel()
+            start = min(dist.rank() * size, parameter.ds_numel)
+            kept = slice(0, min(size, parameter.ds_numel - start))
+            values = {"value": safe_get_local_fp32_param(parameter)}
+            values |= {key: safe_get_local_optimizer_state(parameter, key) for key in MOMENTS}
+            shape = tuple(parameter.ds_shape)
+            found.append(Shard(name, shape, start, {key: value[kept] for key, value in values.items()}))
+        return found
+
+    @torch.no_grad()
+    def restore(self, shards: list[Shard], *, updates: int) -> None:
+        """See ``Engine``. The compute dtype's copies follow from the float32 masters, as after a step."""
+        zero = self.engine.optimizer
+        parameters: dict[str, Any] = trained_by_name(self.model)
+        for (name, parameter), shard in zip(parameters.items(), shards, strict=True):
+            assert name == shard.name
+            self._moments(parameter)["step"].fill_(updates)
+            padded = {key: torch.zeros(parameter.partition_numel()) for key in shard.values}
+            for key, value in shard.values.items():
+                padded[key][: len(value)] = value
+            safe_set_local_fp32_param(parameter, padded["value"])
+            for key in MOMENTS:
+                safe_set_local_optimizer_state(parameter, padded[key], key)
+        zero._partition_all_parameters()
+        for number in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(number)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """AdamW's state of the flat group that holds this parameter's part."""
+        zero = self.engine.optimizer
+        group, _, _ = zero.grad_position[zero.get_param_id(parameter)]
+        return whole_moments(self.optimizer, zero.fp32_partitioned_groups_flat[group])
 
     def gather(self, parameter: nn.Parameter) -> Tensor:
         """See ``Engine``."""

@@ -5,10 +5,11 @@ import shutil
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -18,8 +19,8 @@ from nslora_dist.explain import nearest
 from nslora_dist.merging.model import AUTO_CLASSES
 from nslora_dist.merging.updates import Update
 
-COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "tokenizer*", "LICENSE*", "USE_POLICY*")
-"""Config, tokenizer and code; the weights' index as well, for shards keep their names and tensors their places."""
+COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "LICENSE*", "USE_POLICY*")
+"""Config and tokenizer; the weights' index as well, for shards keep their names and tensors their places."""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -29,7 +30,7 @@ DTYPES = {
 
 
 def copy_base(checkpoint: Checkpoint, target: Path) -> None:
-    """Copies the base's safetensors shards, index, config, tokenizer and code; other formats of its weights stay."""
+    """Copies the base's safetensors shards, index, config and tokenizer; code and other formats of its weights stay."""
     names = {path.name for pattern in COPIED for path in checkpoint.folder.glob(pattern) if path.is_file()}
     names -= {path.name for path in checkpoint.folder.glob("*.index.json") if "safetensors" not in path.name}
     names -= {"adapter_config.json"}
@@ -54,7 +55,7 @@ def checkpoint_names(
         key = f"{module}.weight"
         if key not in checkpoint.files and model is None:
             with torch.device("meta"):
-                model = getattr(transformers, AUTO_CLASSES[kind]).from_config(config)
+                model = getattr(transformers, AUTO_CLASSES[kind]).from_config(config, trust_remote_code=False)
         if key not in checkpoint.files:
             key = _stored_name(model, key)
         if key not in checkpoint.files:
@@ -91,8 +92,7 @@ def add_update(folder: Path, files: Mapping[str, str], name: str, update: Update
     """
     path = folder / files[name]
     with path.open("r+b") as file:
-        length = struct.unpack("<Q", file.read(8))[0]
-        entry = json.loads(file.read(length))[name]
+        length, entry = _entry(path, file, name)
         dtype = DTYPES.get(entry["dtype"])
         if dtype is None:
             raise UserError(
@@ -114,6 +114,17 @@ def add_update(folder: Path, files: Mapping[str, str], name: str, update: Update
                 raise UserError(f"{name}: the merged weight is not finite in {dtype}; lower the coefficients")
             file.seek(position)
             file.write(_bytes(new))
+
+
+def _entry(path: Path, file: BinaryIO, name: str) -> tuple[int, dict[str, Any]]:
+    """The header's length, and what it says of a tensor."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as opened:  # checks the header against the file
+            opened.get_slice(name)
+        length: int = struct.unpack("<Q", file.read(8))[0]
+        return length, json.loads(file.read(length))[name]
+    except Exception as error:  # safetensors raises what it meets in a damaged header
+        raise UserError(f"{path.name} of base_model.path: '{name}' is unreadable ({error}); fetch it again") from error
 
 
 def _bytes(tensor: Tensor) -> bytes:

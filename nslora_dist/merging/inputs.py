@@ -11,8 +11,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from nslora_dist.artifacts import load_tensors
 from nslora_dist.batches import pad_right
 from nslora_dist.errors import UserError
+from nslora_dist.heads import token_heads
 from nslora_dist.merge_recipe import Inputs, MergeBase
-from nslora_dist.rows import from_rank0, load_rows, one_line, shuffled, token_ids
+from nslora_dist.rows import from_rank0, load_rows, one_line, shuffled
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,10 @@ def _ready(where: str, section: Inputs) -> TaskInputs:
 
 def _texts(where: str, section: Inputs, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> TaskInputs:
     rows = load_rows(section, [section.text_field], name=where)
-    order = shuffled(len(rows), seed)
+    rows.tally.warn()
     sequences: list[Tensor] = []
-    for start in range(0, len(order), section.samples):
-        texts = list(rows[order[start : start + section.samples]][section.text_field])
-        for ids in token_ids(tokenizer, texts, special=True):
+    for _, chunk in rows.chunks(shuffled(len(rows), seed), rows=section.samples):
+        for ids in token_heads(tokenizer, chunk[section.text_field], count=section.max_length, special=True):
             if ids and len(sequences) < section.samples:
                 sequences.append(torch.tensor(ids[: section.max_length], dtype=torch.int64))
         if len(sequences) == section.samples:
@@ -101,9 +101,7 @@ def _texts(where: str, section: Inputs, tokenizer: PreTrainedTokenizerBase, *, s
 def _tokenizer(base: MergeBase) -> PreTrainedTokenizerBase:
     # Not the one of training: an encoder's tokenizer has no end-of-sequence token, and none is needed here.
     try:
-        return AutoTokenizer.from_pretrained(
-            base.path, revision=base.revision, trust_remote_code=base.trust_remote_code
-        )
+        return AutoTokenizer.from_pretrained(base.path, revision=base.revision, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the file format at hand raises
         raise UserError(
             f"base_model.path {base.path}: no tokenizer could be loaded ({one_line(error)}); inputs.<name>.path may "

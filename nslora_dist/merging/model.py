@@ -138,7 +138,7 @@ Merge = Callable[[str, Any], MergedLinear]
 def _has_llama_layout(config: PreTrainedConfig, base: MergeBase) -> bool:
     with torch.device("meta"):
         try:
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except ValueError:  # no causal model of this type
             return False
     inner = getattr(model, "model", None)
@@ -186,7 +186,7 @@ def _load_whole(
         try:
             loader: Any = getattr(transformers, AUTO_CLASSES[kind])
             model = loader.from_pretrained(
-                base.path, revision=base.revision, dtype=dtype, trust_remote_code=base.trust_remote_code
+                base.path, revision=base.revision, dtype=dtype, trust_remote_code=False, use_safetensors=True
             )
         except Exception as error:  # transformers raises whatever the file format at hand raises
             raise UserError(f"base_model.path {base.path}: cannot be loaded as {kind} ({one_line(error)})") from error

@@ -87,11 +87,14 @@ def test_recipe_model_and_data(fails: Fails, overrides: list[str], said: str) ->
     [
         ("", "the file is empty"),
         ("[]", "no rows"),
-        ('{"prompt": "w1", "response": "w2"}\n{"prompt": "w1", "response": 7}\n', "cannot be read"),
-        ('{"prompt": "w1", "response": 7}\n', "row 0 (the first is 0): field 'response' is int 7, not text"),
-        ('{"prompt": "w1", "response": "w2"}\n{"prompt": "w1"}\n', "row 1"),
+        (
+            '{"prompt": "w1", "response": "w2"}\n{"prompt": "w1", "response": 7}\n',
+            "line 2 (the first is 1): field 'response' is int 7",
+        ),
+        ('{"prompt": "w1", "response": 7}\n', "line 1 (the first is 1): field 'response' is int 7, not text"),
+        ('{"prompt": "w1", "response": "w2"}\n{"prompt": "w1"}\n', "line 2"),
         ('{"prompt": "w1", "response": ""}\n', "is empty, there is nothing to predict"),
-        ("not json\n", "cannot be read as"),
+        ("not json\n", "line 1 (the first is 1): not JSON"),
     ],
     ids=["no bytes", "no rows", "text then number", "number", "null", "empty response", "not JSON"],
 )
@@ -100,7 +103,7 @@ def test_rows(fails: Fails, tmp_path: Path, rows: str, said: str) -> None:
     path.write_text(rows)
     message = fails(f"data.path={path}")
     assert message.startswith(f"data.path {path}: ")
-    assert said in message or ("not text" in message and said == "cannot be read")
+    assert said in message
 
 
 def test_no_such_recipe(fails: Fails) -> None:

@@ -15,6 +15,7 @@ from helpers.launching import ROOT, Ended, World, free_port
 from nslora_dist import command
 from nslora_dist.errors import EXIT_USER_ERROR
 from nslora_dist.evaluate_adapter import run_evaluation
+from nslora_dist.provenance import PROVENANCE_FILE, Provenance, write_provenance
 
 Fails = Callable[..., str]
 
@@ -49,6 +50,7 @@ def changed(single_run: Path, tmp_path: Path) -> Callable[..., Path]:
     def make(change: Callable[[dict[str, Any]], None] = lambda tensors: None, **config: Any) -> Path:
         folder = tmp_path / "changed"
         shutil.copytree(single_run / "adapter", folder)
+        (folder / PROVENANCE_FILE).unlink()  # or the changes would be refused as damage
         tensors = load_file(folder / "adapter_model.safetensors")
         change(tensors)
         save_file(tensors, folder / "adapter_model.safetensors")
@@ -136,8 +138,7 @@ def test_another_base_s_adapter_is_measured_and_said(
     world: World, changed: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     folder = changed()
-    path = folder / "nslora.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base": "another", "base_model": "some/base"}))
+    write_provenance(folder, Provenance("another", None, "some/base"))
     target = tmp_path / "evaluation.json"
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--recipe", str(world.recipe)])
 

@@ -26,10 +26,15 @@ def run(tmp_path: Path) -> Path:
 
 def test_the_same_command_takes_the_figures_up(run: Path) -> None:
     assert finished(run).read() == FIGURES
-    assert finished(run, "train.log_every=3", "output_dir=elsewhere").read() == FIGURES
+    assert (
+        finished(
+            run, "train.log_every=3", "output_dir=elsewhere", "engine.name=fsdp2", "train.micro_batch_size=8"
+        ).read()
+        == FIGURES
+    )
 
 
-@pytest.mark.parametrize("change", ["train.seed=1", "adapter.rank=8", "engine.name=fsdp2", "base_model.dtype=bfloat16"])
+@pytest.mark.parametrize("change", ["train.seed=1", "adapter.rank=8", "base_model.dtype=bfloat16"])
 def test_a_changed_recipe_trains(run: Path, change: str) -> None:
     assert finished(run, change).read() is None
 

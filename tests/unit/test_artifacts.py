@@ -1,12 +1,11 @@
 """What is on disk is the old version or the new one, and a damaged file is told by name."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from nslora_dist import artifacts
+from nslora_dist import artifacts, manifests
 from nslora_dist.errors import UserError
 
 
@@ -143,7 +142,7 @@ def test_what_a_killed_writer_left_is_put_right(tmp_path: Path, moved_aside: boo
         target.mkdir()
     else:
         with pytest.raises(UserError, match=r"\.adapter\.old: move it back"):
-            artifacts.read_manifest(target)
+            manifests.read_manifest(target)
     with pytest.raises(RuntimeError), artifacts.replace_folder(target):
         raise RuntimeError
     assert names(target) == (["old"] if moved_aside else [])
@@ -169,18 +168,18 @@ def described(tmp_path: Path) -> Path:
         artifacts.save_tensors(partial / "null_space.safetensors", {"basis": torch.ones(8, 2)})
         (partial / "notes").mkdir()
         (partial / "notes" / "a.txt").write_text("a")
-        artifacts.write_manifest(partial, {"tokens": 12})
+        manifests.write_manifest(partial, {"tokens": 12})
     return folder
 
 
 def test_manifest_lists_and_verifies(described: Path) -> None:
     (described / "unlisted").write_text("a person's own note")
-    manifest = artifacts.read_manifest(described)
+    manifest = manifests.read_manifest(described)
     assert manifest["tokens"] == 12
     assert sorted(manifest["files"]) == ["notes/a.txt", "null_space.safetensors"]
     assert manifest["files"]["notes/a.txt"] == {"sha256": artifacts.hash_file(described / "notes/a.txt"), "bytes": 1}
     with pytest.raises(ValueError, match="'files' is taken"):
-        artifacts.write_manifest(described, {"files": {}})
+        manifests.write_manifest(described, {"files": {}})
 
 
 @pytest.mark.parametrize(
@@ -194,7 +193,7 @@ def test_manifest_lists_and_verifies(described: Path) -> None:
 def test_damage_is_told_in_one_line(described: Path, damage, message: str) -> None:
     damage(described / "null_space.safetensors")
     with pytest.raises(UserError, match=message) as caught:
-        artifacts.read_manifest(described)
+        manifests.read_manifest(described)
     assert "\n" not in str(caught.value) and "make it again" in str(caught.value)
 
 
@@ -204,12 +203,52 @@ def test_damage_is_told_in_one_line(described: Path, damage, message: str) -> No
         (None, "manifest.json: missing"),
         ("{", "manifest.json: broken JSON"),
         ("[]", "lists no files"),
-        (json.dumps({"files": {"notes/a.txt": {}}}), "does not say its sha256"),
-        (json.dumps({"files": {"../x": {"sha256": "", "bytes": 1}}}), "outside its own folder"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a": NaN}', "NaN is no JSON number"),
+        ('{"a": 1, "a": 2}', "'a' stands there twice"),
+        ('{"files": {}}', "has no manifest_sha256 .*make it again"),
+        ({}, "lists no files"),
+        ({"files": {"notes/a.txt": {}}}, "does not say its sha256"),
+        ({"files": {"../x": {"sha256": "", "bytes": 1}}}, "outside its own folder"),
+        ({"files": {"\0": {"sha256": "", "bytes": 1}}}, "null byte"),
     ],
 )
-def test_a_bad_manifest_is_refused(described: Path, manifest: str | None, message: str) -> None:
-    path = described / artifacts.MANIFEST
-    path.unlink() if manifest is None else path.write_text(manifest)
-    with pytest.raises(UserError, match=message):
-        artifacts.read_manifest(described)
+def test_a_bad_manifest_is_refused(described: Path, manifest: str | dict | None, message: str) -> None:
+    path = described / manifests.MANIFEST
+    if manifest is None:
+        path.unlink()
+    elif isinstance(manifest, dict):
+        artifacts.write_sealed(path, manifest)
+    else:
+        path.write_text(manifest)
+    with pytest.raises(UserError, match=message) as caught:
+        manifests.read_manifest(described)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_manifest_proves_itself_to_the_byte(described: Path) -> None:
+    path = described / manifests.MANIFEST
+    whole = path.read_bytes()
+    assert manifests.read_manifest(described)["tokens"] == 12
+    for old, new in ((b'"tokens": 12', b'"tokens": 13'), (b"{\n", b"{\r\n"), (b"\n", b"\n "), (b"12,", b"12.0,")):
+        path.write_bytes(whole.replace(old, new, 1))
+        with pytest.raises(UserError, match=r"altered.*make it again"):
+            manifests.read_manifest(described)
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match=r"does not list other\.safetensors"):
+        manifests.read_manifest(described, needs=["other.safetensors"])
+    with pytest.raises(ValueError, match="is taken"):
+        manifests.write_manifest(described, {artifacts.SELF_HASH: ""})
+
+
+def test_a_link_in_the_place_of_a_partial_file_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / ".a.json.partial").symlink_to("mine")
+    (tmp_path / ".b.partial").symlink_to("folder")
+    (tmp_path / ".b.old").symlink_to("folder")
+    artifacts.write_json(tmp_path / "a.json", 1)
+    with artifacts.replace_folder(tmp_path / "b") as folder:
+        (folder / "x").write_text("x")
+    assert (tmp_path / "mine").read_text() == "mine" and not names(tmp_path / "folder")
+    assert artifacts.read_json(tmp_path / "a.json") == 1 and names(tmp_path / "b") == ["x"]

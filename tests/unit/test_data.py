@@ -103,7 +103,7 @@ def test_truncation_is_counted_and_rows_without_response_are_left_out(tmp_path: 
 
 def test_an_empty_response_is_an_error(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "response": "b"}, {"prompt": "a", "response": ""}])
-    with pytest.raises(UserError, match=r"data\.path .*a\.jsonl: row 1 .*field 'response' is empty"):
+    with pytest.raises(UserError, match=r"data\.path .*a\.jsonl: line 2 .*field 'response' is empty"):
         TrainingData.load(data_section(path), train_section(), bpe())
 
 

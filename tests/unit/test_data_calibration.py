@@ -132,7 +132,7 @@ def test_rows_without_text_are_errors_naming_the_source(tmp_path: Path) -> None:
     ):
         calibration_texts(section({"a": good, "b": blank}), SP())
     number = write_jsonl(tmp_path / "c.jsonl", [{"text": "a"}, {"text": 2}])
-    with pytest.raises(UserError, match=r"calibration\.probes\.p\.path .*c\.jsonl: row 1 .*field 'text' is int 2"):
+    with pytest.raises(UserError, match=r"calibration\.probes\.p\.path .*c\.jsonl: line 2 .*field 'text' is int 2"):
         calibration_texts(section(good, probes={"p": number}), SP())
     (tmp_path / "d.json").write_text("[]")
     with pytest.raises(UserError, match=r"calibration\.sources\.a\.path .*d\.json: split 'train' has no rows"):

@@ -21,7 +21,7 @@ def _rank(rank: int, folder: str, bad: str) -> None:
     data = TrainingData.load(data_section(path), train_section(), tokenizer)
     mine = [s for b in data.micro_batches(0, rank=rank, world_size=2) for s in samples_of(b)]
     told: list[object] = [None, None]
-    with pytest.raises(UserError, match="row 1 .*field 'response' is int 3, not text") as caught:
+    with pytest.raises(UserError, match="line 2 .*field 'response' is int 3, not text") as caught:
         TrainingData.load(data_section(bad), train_section(), tokenizer)
     torch.distributed.all_gather_object(told, (data.hash, str(caught.value)))
     assert told[0] == told[1]

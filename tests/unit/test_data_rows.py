@@ -75,8 +75,8 @@ def test_unknown_field_names_the_nearest_and_all(tmp_path: Path) -> None:
     ("bad", "found"),
     [
         ({"text": 3}, "int 3"),
-        ({"text": None}, "missing or null"),
-        ({"other": "b"}, "missing or null"),
+        ({"text": None}, "null"),
+        ({"other": "b"}, "missing"),
         ({"text": ["b"]}, "list"),
     ],
 )
@@ -84,7 +84,7 @@ def test_a_row_that_is_not_text_is_named(tmp_path: Path, bad: dict, found: str) 
     rows = [{"text": "a"}, {"text": "b"}, bad, {"text": "c"}, bad]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     said = message(Texts(path=path))
-    assert said.startswith(f"data.path {path}: row 2 (the first is 0): field 'text' is {found}")
+    assert said.startswith(f"data.path {path}: line 3 (the first is 1): field 'text' is {found}")
     datasets.Dataset.from_list([{"text": 1}]).to_parquet(tmp_path / "a.parquet")
     assert "row 0 (the first is 0): field 'text' is int 1" in message(Texts(path=str(tmp_path / "a.parquet")))
 
@@ -92,7 +92,7 @@ def test_a_row_that_is_not_text_is_named(tmp_path: Path, bad: dict, found: str) 
 def test_rows_past_samples_are_not_judged(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a"}, {"prompt": "b"}, {"prompt": None}])
     assert len(load_rows(PromptSet(path=path, samples=2), ["prompt"], name="data")) == 2
-    assert "row 2" in message(PromptSet(path=path), "prompt")
+    assert "line 3 " in message(PromptSet(path=path), "prompt")
 
 
 def test_missing_paths_and_unreachable_hub_names(tmp_path: Path) -> None:
@@ -111,11 +111,11 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
 
     assert "the file is empty" in message(written("empty.jsonl", ""))
     assert "has no rows" in message(written("none.json", "[]"))
-    assert "cannot be read as jsonl" in message(written("broken.jsonl", '{"text": "a"}\n{"text": \n'))
+    assert "line 2 (the first is 1): not JSON" in message(written("broken.jsonl", '{"text": "a"}\n{"text": \n'))
     assert "cannot be read as parquet" in message(written("not.parquet", "text"))
     assert "files of kind '.csv' are not read; use .json, .jsonl" in message(written("a.csv", "text\na\n"))
     (tmp_path / "latin.jsonl").write_bytes('{"text": "é"}\n'.encode("latin-1"))
-    assert message(Texts(path=str(tmp_path / "latin.jsonl"))).endswith("convert the file to UTF-8")
+    assert "line 1 (the first is 1): not UTF-8 (byte 0xE9 at " in message(Texts(path=str(tmp_path / "latin.jsonl")))
     good = written("a.jsonl", '{"text": "a"}\n').path
     assert message(Texts(path=good, subset="main")).startswith("data.subset main: ")
     assert message(Texts(path=good, split="train[:0]")).endswith("give a file or split that has some")

@@ -28,6 +28,7 @@ from helpers.merge_world import (
     with_updates,
     write_inputs,
 )
+from nslora_dist.artifacts import write_sealed
 from nslora_dist.errors import UserError
 from nslora_dist.export import read_adapter
 from nslora_dist.merge import run_merge
@@ -312,9 +313,27 @@ def test_provenance_is_compared_and_passed_on(tmp_path: Path) -> None:
     write_provenance(tmp_path / "b", Provenance("3" * 64, "2" * 64, "org/other"))
     with pytest.raises(UserError, match="differ in their base: org/base .* and org/other"):
         merge(tmp_path, tmp_path / "third", no_base=True)
-    (tmp_path / "b" / PROVENANCE_FILE).write_text('{"base": 1}')
+    write_sealed(tmp_path / "b" / PROVENANCE_FILE, {"base": 1, "files": {}})
     with pytest.raises(UserError, match=r"nslora\.json: wants the texts"):
         merge(tmp_path, tmp_path / "third", no_base=True)
+
+
+def test_a_changed_file_is_refused_until_it_counts_as_foreign(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", "llama")
+    for seed, name in enumerate("ab"):
+        make_adapter(tmp_path / name, base, "llama", seed=seed)
+        write_provenance(tmp_path / name, Provenance("1" * 64, "2" * 64, "org/base"))
+    edit_config(tmp_path / "b", lora_alpha=9)
+    with pytest.raises(UserError, match=r"b/adapter_config\.json: .*delete nslora\.json"):
+        merge(tmp_path, tmp_path / "out", no_base=True)
+    (tmp_path / "b" / PROVENANCE_FILE).unlink()
+    merge(tmp_path, tmp_path / "out", no_base=True)
+    save_file({"x": torch.zeros(2, 2)}, tmp_path / "a" / "update_grams.safetensors")
+    with pytest.raises(UserError, match=r"a/update_grams\.safetensors: nslora\.json does not list it"):
+        merge(tmp_path, tmp_path / "more", no_base=True)
+    (tmp_path / "a" / PROVENANCE_FILE).write_text('{"base": "1", "base_model": "b", "calibration": null}')
+    with pytest.raises(UserError, match=r"nslora\.json: has no manifest_sha256 .*delete nslora\.json"):
+        merge(tmp_path, tmp_path / "more", no_base=True)
 
 
 def test_other_modules_count_as_no_update_where_that_is_allowed(tmp_path: Path) -> None:

@@ -1,0 +1,117 @@
+"""Trainings that leave checkpoints and go on from those of other engines and numbers of ranks; runs on every rank."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from helpers.stages import started
+from helpers.world import make_recipe, zero_config
+from nslora_dist import dist
+from nslora_dist.adapter import adapted_linears
+from nslora_dist.checkpoint import Checkpoints, identity
+from nslora_dist.data import Batch, TrainingData
+from nslora_dist.report import Scalars
+from nslora_dist.trainer import Trained, train
+
+STEPS = 9
+"""One epoch of the toy task's 70 rows by 8, the last global batch short."""
+
+
+@dataclass
+class Resumed:
+    """What a training came to.
+
+    Attributes:
+        trained: its curve.
+        factors: trained parameters by name, whole.
+        seen: step → the samples that this rank saw in it, of the steps that this process did.
+        history: who trained from where to where.
+    """
+
+    trained: Trained
+    factors: dict[str, Tensor]
+    seen: dict[int, list[int]]
+    history: list[dict[str, Any]]
+
+
+def recipe_of(layout: str, world: Path, output: Path, changes: dict[str, Any]) -> Any:
+    """The recipe of ``engine-ranks`` with A and B trained at a rank that divides by no number of ranks."""
+    engine: dict[str, Any] = {"name": layout.split("-")[0]}
+    if engine["name"] == "zero3":
+        engine["config"] = str(world / "zero.json")
+    settings = {
+        "adapter": {"method": "lora", "rank": 5},
+        "train": {"max_steps": None, "epochs": 1.0, "schedule": "linear"},
+        "engine": engine,
+        "checkpoint": {"every": 4, "keep_last": 9},
+    }
+    for section, values in changes.items():
+        settings[section] = settings.get(section, {}) | values
+    return make_recipe(
+        world, world / changes.get("base", "llama"), output, **{k: v for k, v in settings.items() if k != "base"}
+    )
+
+
+def resume(layout: str, world: Path, name: str, start: Path | None, changes: dict[str, Any]) -> Resumed:
+    """Trains to the end in ``world/name``, from the beginning or from a copy of the checkpoint ``start``."""
+    folder = world / name
+    with dist.together("preparing"):
+        if dist.is_main():
+            zero_config(world)
+            if start is not None:
+                shutil.copytree(start, folder / "checkpoints" / start.name)
+    recipe = recipe_of(layout, world, folder, changes)
+    seen: dict[int, list[int]] = {}
+    with started(recipe) as stage:
+        _record(stage.data, seen)
+        checkpoints = Checkpoints(
+            folder / "checkpoints",
+            recipe.checkpoint,
+            belongs_to=identity(recipe, {"base": "b", "rows": stage.data.hash, "start": None}),
+            engine=recipe.engine.name,
+        )
+        checkpoints.look()
+        with Scalars(folder / "tensorboard", start=checkpoints.step) as scalars:
+            trained = train(
+                stage.engine,
+                stage.data,
+                recipe.train,
+                device=stage.run.device,
+                scalars=scalars,
+                checkpoints=checkpoints,
+            )
+        factors = {}
+        for name_, module in adapted_linears(stage.engine.model).items():
+            factors |= {f"{name_}.{key}": stage.engine.gather(getattr(module, key)) for key in ("lora_A", "lora_B")}
+    return Resumed(trained, factors, seen, checkpoints.history)
+
+
+def _record(data: TrainingData, seen: dict[int, list[int]]) -> None:
+    deal = data.micro_batches
+
+    def micro_batches(step: int, *, rank: int, world_size: int) -> list[Batch]:
+        batches = deal(step, rank=rank, world_size=world_size)
+        seen[step] = [sample for batch in batches for row in batch.samples for sample in row]
+        return batches
+
+    data.micro_batches = micro_batches  # type: ignore[method-assign]
+
+
+def resume_each(layout: str, world: Path, starts: dict[str, Path], changes: dict[str, Any]) -> dict[str, Resumed]:
+    """From each of several checkpoints, in one group of ranks."""
+    return {name: resume(layout, world, f"{layout}/from_{name}", start, changes) for name, start in starts.items()}
+
+
+def whole(layout: str, world: Path, changes: dict[str, Any], name: str = "whole") -> Resumed:
+    """The uninterrupted training."""
+    return resume(layout, world, f"{layout}/{name}", None, changes)
+
+
+def same(one: Resumed, other: Resumed) -> bool:
+    """Whether two trainings came to the same bits: curve and factors."""
+    curves = (one.trained.losses, one.trained.grad_norms) == (other.trained.losses, other.trained.grad_norms)
+    return curves and all(torch.equal(value, other.factors[name]) for name, value in one.factors.items())
