@@ -55,7 +55,9 @@ class RowCounts:
     def facts(self) -> dict[str, Any]:
         """The counts for ``report.json``: flat, the bad rows one key a reason, ``bad_rows_<reason>``, where any."""
         bad = {f"bad_rows_{reason}": count for reason, count in self.bad.items()}
-        return {"rows": self.rows, "bad_rows": sum(self.bad.values()), **bad, "duplicates": self.duplicates}
+        lengths = {"too_long": self.too_long, "left_out": self.left_out}
+        total = {"rows": self.rows, "bad_rows": sum(self.bad.values())}
+        return {**total, **bad, "duplicates": self.duplicates, **lengths}
 
 
 class Tally:
