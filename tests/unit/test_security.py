@@ -73,9 +73,7 @@ def test_a_name_that_becomes_a_path_is_plain(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="becomes a file name"):
         merge_recipe(None, {name: tmp_path, "b": tmp_path}, tmp_path / "out")
     with pytest.raises(ValueError, match="becomes a file name"):
-        MergeRecipe.model_validate(
-            merge_recipe(None, {"a": tmp_path, "b": tmp_path}, tmp_path).model_dump() | {"name": name}
-        )
+        merge_recipe(None, {"a": tmp_path, "b": tmp_path}, tmp_path, name=name)
 
 
 def test_plain_names_are_taken(tmp_path: Path) -> None:
