@@ -73,9 +73,7 @@ def test_a_name_that_becomes_a_path_is_plain(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="becomes a file name"):
         merge_recipe(None, {name: tmp_path, "b": tmp_path}, tmp_path / "out")
     with pytest.raises(ValueError, match="becomes a file name"):
-        MergeRecipe.model_validate(
-            merge_recipe(None, {"a": tmp_path, "b": tmp_path}, tmp_path).model_dump() | {"name": name}
-        )
+        merge_recipe(None, {"a": tmp_path, "b": tmp_path}, tmp_path, name=name)
 
 
 def test_plain_names_are_taken(tmp_path: Path) -> None:
@@ -186,7 +184,7 @@ def test_a_pickled_base_is_refused(base: Path, tmp_path: Path, canary: Path) -> 
         inputs={name: {"path": "x"} for name in "ab"},
         base_model={"task": "sequence_classification"},
     )
-    with pytest.raises(UserError, match="cannot be loaded as sequence_classification"):
+    with pytest.raises(UserError, match="cannot be loaded as sequence_classification.*no file named model.safetensors"):
         load_merged(
             made.base_model, read_tasks(made), granularity="block", initial=[1.0, 1.0], device=torch.device("cpu")
         )
@@ -316,3 +314,10 @@ def test_yaml_may_repeat_a_value() -> None:
 
 def test_an_error_is_one_line_whatever_is_in_it() -> None:
     assert str(UserError("a\nb\x1b[31m\u2028c\ud800 ‖ΔW X‖")) == "a b\\x1b[31m c\\ud800 ‖ΔW X‖"
+
+
+@pytest.mark.parametrize("key", ["tensorboard", "csv_monitor", "flops_profiler"])
+def test_a_deepspeed_file_names_no_place_to_write_to(tmp_path: Path, key: str) -> None:
+    (tmp_path / "zero.json").write_text(json.dumps({key: {"enabled": True, "output_path": "/elsewhere"}}))
+    with pytest.raises(ValueError, match=f"'{key}' writes files of its own outside output_dir"):
+        recipe(tmp_path, engine={"name": "zero3", "config": str(tmp_path / "zero.json")})
