@@ -6,6 +6,10 @@
 #
 # The hostfile lists the machines and their GPUs, as in launch/hostfile.example. Clone, environment, base and output_dir
 # lie under the same path on all of them. Variables that every machine needs go into ~/.deepspeed_env, NAME=value a line.
+#
+# A job that failed, or was stopped, is continued by the same command; DeepSpeed's launcher does not restart one itself.
+# To stop it, send SIGTERM to its ranks or press Ctrl-C: SIGTERM to the deepspeed command alone, on one machine, ends that
+# and tells nobody; the ranks see it and end without a checkpoint (docs/troubleshooting.md).
 set -euo pipefail
 
 hostfile=${1:?usage: $0 hostfile recipe [section.key=value ...]}

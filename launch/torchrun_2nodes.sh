@@ -6,18 +6,29 @@
 #
 # The clone, the base and output_dir lie under the same path on all of them (a shared file system), and the overrides
 # are the same too.
+#
+# Elastic: RESTARTS=3 starts all ranks again, up to three times, when one fails; they go on from the last checkpoint.
+# NODES=1:2 starts with whatever machines are there, and again with all of them when another one comes or one goes: for
+# that the machines meet at HEAD by themselves and NODE_RANK is not used. Steps per rank change with the number of
+# ranks, so train.global_batch_size must divide by the ranks of one machine and of two.
 set -euo pipefail
 
 recipe=${1:?usage: HEAD=host NODE_RANK=n $0 recipe [section.key=value ...]}
 shift
 : "${HEAD:?the address of the machine with NODE_RANK=0}"
-: "${NODE_RANK:?0 on the first machine, 1 on the second, ...}"
+
+nodes=${NODES:-2}
+meet=(--master-addr "$HEAD" --master-port "${PORT:-29500}")
+if [[ $nodes == *:* || ${RESTARTS:-0} -gt 0 ]]; then
+    meet=(--rdzv-backend c10d --rdzv-endpoint "$HEAD:${PORT:-29500}" --rdzv-id "${JOB:-nslora}")
+else
+    meet+=(--node-rank "${NODE_RANK:?0 on the first machine, 1 on the second, ...}")
+fi
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec torchrun \
-    --nnodes "${NODES:-2}" \
+    --nnodes "$nodes" \
     --nproc-per-node "${GPUS:-8}" \
-    --node-rank "$NODE_RANK" \
-    --master-addr "$HEAD" \
-    --master-port "${PORT:-29500}" \
+    --max-restarts "${RESTARTS:-0}" \
+    "${meet[@]}" \
     launch/train.py --recipe "$recipe" "$@"

@@ -13,13 +13,13 @@ import torch
 from nslora_dist import dist, watch
 from nslora_dist.arm_job import Arm, final_interference
 from nslora_dist.arms import BaseScores, FinishedArm, evaluation_hash
-from nslora_dist.artifacts import listed_files
 from nslora_dist.calibration_data import CalibrationTexts
 from nslora_dist.checkpoint import Checkpoints, identity
 from nslora_dist.engines import Engine, start_engine
 from nslora_dist.engines.base import Job
 from nslora_dist.evaluate import EvaluationSets, evaluate, summarise
 from nslora_dist.export_arm import export
+from nslora_dist.manifests import listed_files
 from nslora_dist.report import Scalars
 from nslora_dist.trainer import train
 

@@ -55,7 +55,9 @@ class RowCounts:
     def facts(self) -> dict[str, Any]:
         """The counts for ``report.json``: flat, the bad rows one key a reason, ``bad_rows_<reason>``, where any."""
         bad = {f"bad_rows_{reason}": count for reason, count in self.bad.items()}
-        return {"rows": self.rows, "bad_rows": sum(self.bad.values()), **bad, "duplicates": self.duplicates}
+        lengths = {"too_long": self.too_long, "left_out": self.left_out}
+        total = {"rows": self.rows, "bad_rows": sum(self.bad.values())}
+        return {**total, **bad, "duplicates": self.duplicates, **lengths}
 
 
 class Tally:
@@ -75,8 +77,8 @@ class Tally:
         self._first: list[int] = []
 
     def place(self, number: int) -> str:
-        """A row for a message: both conventions are common, so it says which one holds."""
-        return f"line {number} (the first is 1)" if self.lines else f"row {number} (the first is 0)"
+        """Which row it is, for a message."""
+        return place(number, lines=self.lines)
 
     def add(self, number: int, problem: Problem) -> None:
         """Counts a bad row.
@@ -107,6 +109,11 @@ class Tally:
         at = ", ".join(map(str, self._first)) + (", ..." if total > len(self._first) else "")
         many = "s" if total > 1 else ""
         return f"{total} bad row{many} ({reasons}): {kind}{many} {at} (the first is {start})"
+
+
+def place(number: int, *, lines: bool) -> str:
+    """A row for a message: both ways of counting are common, so it says which one holds."""
+    return f"line {number} (the first is 1)" if lines else f"row {number} (the first is 0)"
 
 
 def judge_text(value: object, name: str, *, filled: Collection[str]) -> Problem | None:

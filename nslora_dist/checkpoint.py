@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nslora_dist import __version__, artifacts, dist, watch
+from nslora_dist import __version__, artifacts, dist, manifests, watch
 from nslora_dist.checkpoint_files import Pieces, on_host, part_name, write_part
 from nslora_dist.engines import Engine
 from nslora_dist.errors import UserError
@@ -200,7 +200,7 @@ class Checkpoints:
         with dist.together(f"writing {target}"):
             if dist.is_main():
                 files = {part_name(rank): entry for rank, entry in enumerate(entries)}
-                artifacts.write_manifest(artifacts.partial_of(target), self._manifest(writing), files=files)
+                manifests.write_manifest(artifacts.partial_of(target), self._manifest(writing), files=files)
                 artifacts.take_place(target)
                 self._thin_out(writing.step)
         self.last = writing.step
@@ -246,7 +246,7 @@ def _examine(folder: Path) -> Found | str:
     read: Any = None
     if dist.is_main():
         try:
-            read = artifacts.open_manifest(folder)
+            read = manifests.open_manifest(folder)
             if read.get("kind") != "checkpoint" or read.get("format") != FORMAT:
                 read = f"{folder}: its manifest is not that of a checkpoint of this version"
         except UserError as error:
@@ -256,7 +256,7 @@ def _examine(folder: Path) -> Found | str:
         return manifest
     files = manifest["files"]
     mine = sorted(files)[dist.rank() :: dist.world_size()]
-    faults = [(name, artifacts.wrong_file(folder, name, files[name])) for name in mine]
+    faults = [(name, manifests.wrong_file(folder, name, files[name])) for name in mine]
     wrong = next((f"{folder / name}: {what}" for found in dist.gather(faults) for name, what in found if what), None)
     if wrong is not None:
         return wrong

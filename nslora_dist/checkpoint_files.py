@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nslora_dist import artifacts
+from nslora_dist import artifacts, manifests
 from nslora_dist.engines.base import MOMENTS, Shard
 from nslora_dist.errors import UserError
 
@@ -43,7 +43,7 @@ def write_part(path: Path, shards: list[Shard]) -> dict[str, Any]:
     """
     tensors = {f"{s.name}/{key}/{s.start}": value for s in shards for key, value in s.values.items() if value.numel()}
     artifacts.save_tensors(path, tensors)
-    return artifacts.describe_file(path)
+    return manifests.describe_file(path)
 
 
 class Pieces:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from nslora_dist.bad_rows import RowCounts, duplicates_warning, empty_response
+from nslora_dist.bad_rows import RowCounts, duplicates_warning, empty_response, place
 from nslora_dist.batches import IGNORED, Batch, filler, pack, pad_right
 from nslora_dist.errors import UserError
 from nslora_dist.heads import token_heads
@@ -38,7 +38,8 @@ class Samples:
         tokens: (all tokens,), int32.
         offsets: (samples + 1,), int64.
         prompt_lengths: (samples,), int64: tokens before the response.
-        places: For each sample the number of its line or row in what was read.
+        numbers: (samples,), int64: the line or row of ``data.path`` that each sample comes from.
+        by_line: Whether they are lines, counted from 1, or rows, counted from 0.
         counts: What became of all rows. Rows longer than the maximum length are left out where cutting was not asked
             for, or would leave nothing of the response.
     """
@@ -46,7 +47,8 @@ class Samples:
     tokens: np.ndarray
     offsets: np.ndarray
     prompt_lengths: np.ndarray
-    places: np.ndarray
+    numbers: np.ndarray
+    by_line: bool
     counts: RowCounts
 
     @property
@@ -131,6 +133,10 @@ class TrainingData:
         packs = "" if loaded.packs is None else f" in {loaded.packs} packs"
         log.info("data: %d samples, %d tokens%s, %d steps", loaded.samples, loaded.tokens, packs, loaded.total_steps)
         return loaded
+
+    def place(self, sample: int) -> str:
+        """Where in ``data.path`` a sample of ``Batch.samples`` stands, for messages."""
+        return place(int(self._samples.numbers[sample]), lines=self._samples.by_line)
 
     def micro_batches(self, step: int, *, rank: int, world_size: int) -> list[Batch]:
         """This rank's share of optimizer step ``step``'s global batch, counted from 0 over all epochs.
@@ -219,7 +225,7 @@ def encode(
     rows = load_rows(section, [prompt_field, response_field], name=name, filled=[response_field])
     # One more than fits, so that it shows; BOS may stand twice and eos behind, which prompt_ids takes away.
     count = None if max_length is None else max_length + 3
-    tokens, lengths, prompt_lengths, places = array("i"), array("q"), array("q"), array("q")
+    tokens, lengths, prompt_lengths, numbers = array("i"), array("q"), array("q"), array("q")
     seen: set[bytes] = set()
     too_long = left_out = 0
     for chosen, chunk in rows.chunks(np.arange(len(rows)), rows=_CHUNK):
@@ -240,7 +246,7 @@ def encode(
             tokens.extend(sample)
             lengths.append(len(sample))
             prompt_lengths.append(len(prompt))
-            places.append(int(rows.numbers[row]))
+            numbers.append(int(rows.numbers[row]))
             seen.add(hashlib.blake2b(sample.tobytes(), digest_size=16, salt=len(prompt).to_bytes(8, "little")).digest())
     rows.tally.warn()
     if too_long:
@@ -259,7 +265,8 @@ def encode(
         np.array(tokens, np.int32),
         offsets,
         np.array(prompt_lengths, np.int64),
-        np.array(places, np.int64),
+        np.array(numbers, np.int64),
+        rows.tally.lines,
         RowCounts(rows.read, dict(rows.tally.counts), duplicates, too_long, left_out),
     )
 

@@ -87,7 +87,8 @@ def process_group(
     else:
         dist.destroy_process_group()
     finally:
-        guard.stop()
+        if not failed():  # else this process is about to end, and a launcher's SIGTERM must not change its status
+            guard.stop()
         logs.stop()
 
 

@@ -20,12 +20,20 @@ EXIT_RANK_LOST = 76
 """Another rank died, was cut off or stalled; the same command continues from the last checkpoint."""
 
 
+def _visible(sign: str) -> str:
+    return " " if sign.isspace() else sign.encode("unicode_escape").decode()
+
+
 class UserError(ValueError):
     """A mistake the user can mend; shown as one line, without a traceback, and ends every rank with its status."""
 
     status = EXIT_USER_ERROR
     silent = False
     """Whether another rank says it."""
+
+    def __init__(self, message: str = "") -> None:
+        """Keeps the message in one line: values and other packages' words in it may hold breaks and control codes."""
+        super().__init__("".join(sign if sign.isprintable() else _visible(sign) for sign in str(message)))
 
 
 class StorageError(UserError):

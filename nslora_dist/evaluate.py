@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from nslora_dist import dist
+from nslora_dist import dist, watch
 from nslora_dist.adapter import adapted_linears, observed
 from nslora_dist.bad_rows import RowCounts
 from nslora_dist.calibration.store import MIXTURE
 from nslora_dist.calibration_data import CalibrationTexts, text_batches
 from nslora_dist.data import Batch, deal_evaluation, evaluation_samples
 from nslora_dist.engines import Engine
+from nslora_dist.errors import Preempted
 from nslora_dist.recipe import EvaluationSection, PromptSet
 
 ADAPTATION = "adaptation"
@@ -57,10 +58,19 @@ class EvaluationSets:
         )
 
 
-def exact_match(engine: Engine, batches: Sequence[Batch], *, device: torch.device) -> float:
-    """Share of questions that greedy decoding answers exactly, over all ranks, in 0..1."""
+def exact_match(engine: Engine, batches: Sequence[Batch], *, device: torch.device, name: str = "questions") -> float:
+    """Share of questions that greedy decoding answers exactly, over all ranks, in 0..1.
+
+    Raises:
+        Preempted: a rank was asked to stop before the set named ``name``.
+    """
+    if dist.stopping():
+        raise Preempted(
+            f"evaluation: stopped before {name}, as asked; the same command continues from {watch.continues_from()}"
+        )
     totals = torch.zeros(2, dtype=torch.float64, device=device)
-    for batch in batches:
+    for number, batch in enumerate(batches, start=1):
+        watch.progress(f"{name}, batch {number} of {len(batches)}")
         totals[0] += engine.matches(batch.to(device)).sum()
         totals[1] += batch.supervised_rows
     right, asked = dist.all_reduce(totals).tolist()
@@ -69,9 +79,12 @@ def exact_match(engine: Engine, batches: Sequence[Batch], *, device: torch.devic
 
 def evaluate(engine: Engine, sets: EvaluationSets, *, device: torch.device) -> dict[str, Any]:
     """``adaptation``, ``retention`` (the mean over names) and ``retention_by`` name; None where nothing was asked."""
-    retention = {name: exact_match(engine, batches, device=device) for name, batches in sets.retention.items()}
+    retention = {
+        name: exact_match(engine, batches, device=device, name=name) for name, batches in sets.retention.items()
+    }
+    task = sets.adaptation
     return {
-        "adaptation": None if sets.adaptation is None else exact_match(engine, sets.adaptation, device=device),
+        "adaptation": None if task is None else exact_match(engine, task, device=device, name=ADAPTATION),
         "retention": sum(retention.values()) / len(retention) if retention else None,
         "retention_by": retention,
     }
@@ -107,6 +120,7 @@ def forward_interference(
         batches = text_batches(text.calibration, batch_size=batch_size, rank=dist.rank(), world_size=dist.world_size())
         with observed(engine.model) as seen:
             for batch in even_batches(batches, device=device):
+                watch.progress(f"interference with {text.name}")
                 real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
                 seen.mask = (real.bool() & (batch.unmasked_padding == 0)).to(device)
                 engine.matches(batch.to(device))

@@ -26,7 +26,9 @@ def explain(error: ValidationError, root: type[BaseModel], *, origin: str = "", 
         overridden: dotted keys that came from the command line instead.
     """
     first = error.errors()[0]
-    location = tuple(part for part in first["loc"] if part != "[key]")  # a name that is no good: the name itself
+    location = first["loc"]
+    if location[-1:] == ("[key]",) and first["type"] != "extra_forbidden":
+        location = location[:-1]  # a name that is no good: the name itself
     key = ".".join(str(part) for part in location)
     source = "on the command line" if any(key and (key == o or o.startswith(key)) for o in overridden) else origin
     where = f" ({source})" if source else ""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nslora_dist import dist
+from nslora_dist import dist, watch
 from nslora_dist.adapter import AdaptedLinear, adapted_linears
 from nslora_dist.artifacts import load_tensors, read_json, replace_folder, save_tensors, write_text
 from nslora_dist.card import model_card
@@ -71,6 +71,7 @@ def gather_factors(
     """
     factors: dict[str, Factors] = {}
     for name, module in adapted_linears(engine.model).items():
+        watch.progress(name)
         a, b = engine.gather(module.lora_A), engine.gather(module.lora_B)
         if isinstance(module, NullLoraLinear):
             if dist.is_main():
@@ -192,6 +193,7 @@ def read_adapter(folder: Path, *, heads: dict[str, Tensor] | None = None) -> tup
     config = read_json(folder / CONFIG_FILE)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{folder / CONFIG_FILE}: peft_type is not LORA; only LoRA adapters can be read")
+    _check_config(folder / CONFIG_FILE, config)
     path = folder / WEIGHTS_FILE
     sides: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_tensors(path).items():
@@ -214,6 +216,28 @@ def read_adapter(folder: Path, *, heads: dict[str, Tensor] | None = None) -> tup
         except ValueError as error:
             raise UserError(f"{path}: {error}") from error
     return factors, config
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """What is read of a config is of the kind that PEFT writes."""
+    names = {"base_model_name_or_path", "revision", "task_type"}
+    patterns = {"rank_pattern", "alpha_pattern"}
+    for key in (*names, *patterns, "target_modules", "modules_to_save"):
+        value = config.get(key)
+        if key in patterns:
+            fits = isinstance(value, dict) and all(isinstance(v, int | float) for v in value.values())
+        elif key in names:
+            fits = isinstance(value, str)
+        else:
+            fits = isinstance(value, list) and all(isinstance(v, str) for v in value)
+            fits = fits or (key == "target_modules" and isinstance(value, str))
+        if value is not None and not fits:
+            raise UserError(f"{path}: its {key} is nothing that PEFT writes; fetch or export the adapter again")
+    for pattern in config.get("alpha_pattern") or {}:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"{path}: '{pattern}' in alpha_pattern is no regular expression ({error})") from error
 
 
 def _is_saved_module(key: str, config: Mapping[str, Any]) -> bool:

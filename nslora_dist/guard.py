@@ -116,6 +116,8 @@ class Guard:
         self.stalled_after = timeout_seconds + max(3.0, 0.02 * timeout_seconds)
         self.peers: Peers | None = None
         self._settling: float | None = None
+        self._deciding = threading.RLock()
+        self._agreed: Verdict | None = None
         self._asked: float | None = None
         self._told = time.monotonic()
         self._stop = threading.Event()
@@ -222,9 +224,12 @@ class Guard:
 
     def _end(self, verdict: Verdict) -> None:
         """Ends this process with ``verdict``, or with the one that another rank has given before."""
-        verdict, mine = self._agree(verdict)
-        if mine:
-            logs.say(f"error: {verdict.message}")
+        with self._deciding:  # the main thread may come to the same end, and must not leave before this is said
+            verdict, mine = self._agree(verdict)
+            if mine:
+                logs.say(f"error: {verdict.message}")
+            elif self._settling is not None:
+                return
         self._leave(verdict.status)
 
     def _leave(self, status: int) -> None:
@@ -242,6 +247,13 @@ class Guard:
 
     def _agree(self, verdict: Verdict) -> tuple[Verdict, bool]:
         """The verdict that holds, and whether this rank is the one that says it."""
+        with self._deciding:
+            if self._agreed is None:
+                self._agreed, mine = self._claim(verdict)
+                return self._agreed, mine
+            return self._agreed, False
+
+    def _claim(self, verdict: Verdict) -> tuple[Verdict, bool]:
         peers = self.peers
         if peers is None:
             _note(verdict, mine=True)
@@ -253,8 +265,8 @@ class Guard:
         else:
             assert peers.verdict is not None
             verdict = peers.verdict
-            if mine:
-                logs.claim()  # for ranks that come when the store is gone
+            # For ranks that find the store gone, or had no answer in time and have spoken already.
+            mine = mine and logs.claim() is not False
         _note(verdict, mine=mine)
         return verdict, mine
 
@@ -323,7 +335,7 @@ def described(error: BaseException) -> UserError:
 
 
 def _note(verdict: Verdict, *, mine: bool) -> None:
-    said = verdict.message if mine else f"ended by rank {verdict.rank}: {verdict.message}"
+    said = verdict.message if mine else f"said by another rank: {verdict.message}"
     level = logging.INFO if verdict.status == EXIT_PREEMPTED else logging.ERROR
     logs.note(f"{said} (exit status {verdict.status})", level=level)
 

@@ -112,11 +112,12 @@ def read_json(
     read = 0
     in_order = all(before[1] <= after[0] for before, after in zip(ranges, ranges[1:], strict=False))
     last = max((end for _, end in ranges), default=0)
+    whole = len(ranges) == 1 and ranges[0][0] == 0
     unread = iter(source.rows())
     for index, (number, raw) in enumerate(unread):
         if index >= last or (in_order and limit is not None and len(numbers) >= limit):
             break
-        if not any(start <= index < end for start, end in ranges):
+        if not whole and not any(start <= index < end for start, end in ranges):
             continue
         read += 1
         row = source.parse(raw)
@@ -147,7 +148,7 @@ class _Fields:
         self.seen: dict[str, None] = {}
 
     def judge(self, row: dict[str, Any], *, filled: Sequence[str]) -> Problem | None:
-        if len(self.seen) < 100:
+        if not row.keys() <= self.seen.keys() and len(self.seen) < 100:
             self.seen |= dict.fromkeys(row)
         for field in self._fields:
             if field not in row:
@@ -254,7 +255,9 @@ def _parse_line(line: bytes) -> dict[str, Any] | Problem:
     if len(line) >= LONGEST_LINE:
         return Problem("line_too_long", f"the line is longer than {LONGEST_LINE} bytes")
     try:
-        text = line.rstrip().decode("utf-8-sig")  # files put together of several have a mark in the middle too
+        text = (
+            line.rstrip().removeprefix(codecs.BOM_UTF8).decode()
+        )  # files put together of several have marks inside too
     except UnicodeDecodeError as error:
         byte = line[error.start]
         return Problem("not_utf8", f"not UTF-8 (byte 0x{byte:02X} at position {error.start} of the line)")

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from nslora_dist.recipe import BaseModelSection, Section, Texts
 from nslora_dist.recipe_file import load_recipe_as
-from nslora_dist.recipe_types import Count, Name, Positive, Seed
+from nslora_dist.recipe_types import Count, Name, Positive, Seed, Where
 from nslora_dist.redact import redact_all
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -40,7 +40,7 @@ class MergeBase(BaseModelSection):
 class MergedAdapter(Section):
     """A PEFT LoRA folder and its coefficient λ: of its ΔW, in gram of its Grams, in nsc where λ starts."""
 
-    path: str
+    path: Where
     coefficient: Finite | None = None
 
 
@@ -83,7 +83,7 @@ class MergeRecipe(Section):
     inputs: dict[str, Inputs] = Field(default_factory=dict)
     target_rank: Count | None = None
     output: Literal["adapter", "model"] = "adapter"
-    output_dir: str
+    output_dir: Where
     allow_mismatch: tuple[Literal["base", "calibration", "target_modules"], ...] = ()
 
     @model_validator(mode="before")

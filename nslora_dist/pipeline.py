@@ -193,6 +193,7 @@ class Run:
                 "truncated": data.truncated,
                 "without_response": data.without_response,
             },
+            "rows": self._row_counts(data, sets),
         }
         bench = Bench(
             folder=self.folder,
@@ -219,6 +220,15 @@ class Run:
             if dist.is_main():
                 write_report(self.folder, report)
         return report
+
+    def _row_counts(self, data: TrainingData, sets: EvaluationSets) -> dict[str, Any]:
+        """What became of the rows of every set that was read, by its place in the recipe."""
+        counts = {"data": data.counts}
+        for text in self.texts:
+            kind = "probes" if text.weight is None else "sources"
+            counts[f"calibration.{kind}.{text.name}"] = text.counts
+        counts |= {f"evaluation.{name}": found for name, found in sets.counts.items()}
+        return {name: found.facts() for name, found in counts.items()}
 
     def interference(self, engine: Engine, data: TrainingData) -> dict[str, dict[str, Tensor]]:
         """Source or probe → module → ‖ΔW X‖ / ‖W X‖ of the adapter as it is now."""

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nslora_dist.artifacts import describe_file, read_sealed, write_sealed, wrong_file
+from nslora_dist.artifacts import read_sealed, write_sealed
 from nslora_dist.errors import UserError
+from nslora_dist.manifests import describe_file, wrong_file
 
 PROVENANCE_FILE = "nslora.json"
 CONFIG_FILE = "adapter_config.json"

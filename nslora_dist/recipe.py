@@ -7,11 +7,11 @@ Every check that needs no weights lives here, so that a wrong recipe ends before
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from nslora_dist.errors import UserError
 from nslora_dist.explain import explain
-from nslora_dist.recipe_types import Count, Fraction, Name, Names, NonNegative, Positive, Seed
+from nslora_dist.recipe_train import CheckpointSection, EngineSection, TrainSection
+from nslora_dist.recipe_types import Count, Fraction, Name, Names, Positive, Section, Seed, Where
 from nslora_dist.redact import redact_all
 from nslora_dist.zero_file import read_zero_config
 
@@ -34,21 +34,15 @@ VOLATILE = (
 """What may change while a run goes on: how it is computed and where, not what; results differ by rounding at most."""
 
 
-class Section(BaseModel):
-    """A part of the recipe: unknown keys and wrong types are errors, and values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
 class BaseModelSection(Section):
     """Which pre-trained model is adapted, and how its frozen weights are held.
 
     ``config`` is a folder with the model's ``config.json``, for dry runs and planning without its checkpoint at hand.
     """
 
-    path: str
+    path: Where
     revision: str | None = None
-    config: str | None = None
+    config: Where | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     quantization: Literal["none", "nf4"] = "none"
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
@@ -57,7 +51,7 @@ class BaseModelSection(Section):
 class Texts(Section):
     """A named set of plain texts: a hub dataset, or a local JSON, JSONL or Parquet file."""
 
-    path: str
+    path: Where
     subset: str | None = None
     split: str = "train"
     text_field: str = "text"
@@ -165,7 +159,7 @@ class AdapterSection(Section):
 class PromptSet(Section):
     """Rows of a prompt and its response: a hub dataset, or a local JSON, JSONL or Parquet file."""
 
-    path: str
+    path: Where
     subset: str | None = None
     split: str = "train"
     prompt_field: str = "prompt"
@@ -186,71 +180,6 @@ class DataSection(PromptSet):
 
     max_length: Count = 512
     packing: bool = False
-
-
-class TrainSection(Section):
-    """The optimisation: AdamW with decoupled weight decay, token-weighted loss."""
-
-    learning_rate: Positive
-    weight_decay: NonNegative = 0.0
-    betas: Annotated[tuple[Fraction, Fraction], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = (
-        0.9,
-        0.999,
-    )
-    max_steps: Count | None = None
-    epochs: Positive | None = None
-    global_batch_size: Count = 128
-    micro_batch_size: Count = 1
-    warmup_ratio: Fraction = 0.03
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    max_grad_norm: Positive = 1.0
-    activation_checkpointing: bool = False
-    compile: bool = False  # torch.compile of each decoder block; its first steps take minutes
-    seed: Seed = 0
-    stop_after_skipped: Count = 3  # steps in a row whose loss or gradient is not finite: each is skipped, then it ends
-    log_every: Count = 10
-    update_grams: bool | None = None  # C = A G Aᵀ of the task beside the adapter, for merging; default: for lora_null
-
-    @model_validator(mode="after")
-    def _length(self) -> "TrainSection":
-        if (self.max_steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of max_steps and epochs")
-        if self.global_batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"global_batch_size {self.global_batch_size} is no multiple of micro_batch_size {self.micro_batch_size}"
-            )
-        return self
-
-    def accumulation(self, world_size: int) -> int:
-        """Micro-batches per rank and optimizer step.
-
-        Raises:
-            UserError: the global batch does not divide over the ranks.
-        """
-        per_pass = self.micro_batch_size * world_size
-        if self.global_batch_size % per_pass:
-            raise UserError(
-                f"train.global_batch_size {self.global_batch_size} is no multiple of micro_batch_size "
-                f"{self.micro_batch_size} x {world_size} ranks; "
-                f"use train.global_batch_size={-(-self.global_batch_size // per_pass) * per_pass}"
-            )
-        return self.global_batch_size // per_pass
-
-
-class EngineSection(Section):
-    """Who shards parameters, gradients and optimizer state."""
-
-    name: Literal["zero3", "fsdp2", "single"] = "zero3"
-    config: str | None = None
-    timeout_seconds: Annotated[float, Field(ge=1.0)] = 1800.0  # without any progress: then a rank is missing
-
-
-class CheckpointSection(Section):
-    """When the state of training is written, how much of it is kept, and how long a pre-empted job takes to leave."""
-
-    every: Count | None = 100  # optimizer steps; null writes only at the end of training and on SIGTERM
-    keep_last: Count = 2
-    grace_seconds: Positive = 25.0  # torchrun and deepspeed kill what is left 30 s after passing SIGTERM on
 
 
 class Baseline(Section):
@@ -283,7 +212,7 @@ class Recipe(Section):
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     resume: Literal["auto", "never"] = "auto"  # the same command again continues what the run folder holds
-    output_dir: str
+    output_dir: Where
 
     @model_validator(mode="after")
     def _combinations(self) -> "Recipe":

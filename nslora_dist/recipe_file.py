@@ -44,7 +44,11 @@ def load_recipe_as(kind: type[R], name: str, overrides: Sequence[str] = ()) -> R
 def _read_tree(name: str, overrides: Sequence[str]) -> tuple[dict[str, Any], str, list[str]]:
     """The YAML with overrides and paths in place, where it was read, and the keys from the command line."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError:  # a name too long for the system
+        found = False
+    if not found:
         known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
         raise UserError(f"--recipe {name}: no such recipe{nearest(name, known)}; recipes/ has {', '.join(known)}")
     tree = read_yaml(path)
@@ -78,7 +82,10 @@ def _resolve_path(key: Any, value: Any, folder: Path) -> Any:
         if value.startswith(("./", "../")):
             return str((folder / value).resolve())
         if value.startswith("~"):
-            return str(Path(value).expanduser())
+            try:
+                return str(Path(value).expanduser())
+            except RuntimeError as error:
+                raise UserError(f"{key} {value}: {error}; give a path without ~") from error
     return value
 
 

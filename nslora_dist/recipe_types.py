@@ -3,12 +3,14 @@
 import re
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 MOST = 2**53
 """Largest count: what every language's JSON can hold exactly."""
 LONGEST_NAME = 100
 """Letters; a file system takes 255 bytes."""
+LONGEST_PATH, LONGEST_PART = 4000, 255
+"""Bytes; a system refuses more."""
 
 
 def _plain_name(name: str) -> str:
@@ -23,6 +25,14 @@ def _plain_name(name: str) -> str:
     return name
 
 
+def _path_text(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty; give a path or a name")
+    if len(text.encode()) > LONGEST_PATH or any(len(part.encode()) > LONGEST_PART for part in text.split("/")):
+        raise ValueError(f"is {len(text)} letters long, which no path and no name on the hub is")
+    return text
+
+
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -30,6 +40,14 @@ Count = Annotated[int, Field(ge=1, le=MOST)]
 Seed = Annotated[int, Field(ge=-MOST, le=MOST)]
 Name = Annotated[str, AfterValidator(_plain_name)]
 """Of something that gets a file or a folder of its own."""
+Where = Annotated[str, AfterValidator(_path_text)]
+"""A path, or a name on the hub."""
 Names = Annotated[
     tuple[str, ...], Field(min_length=1), BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
 ]
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys and wrong types are errors, and values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)

@@ -106,7 +106,8 @@ def write_report(run: Path, report: Mapping[str, Any]) -> None:
             per_module, by_source, by_probe}) and ``interference_by_arm``, ``leak`` ({calibration, heldout, random}),
             ``seconds`` (by phase), ``tokens_per_second``, ``peak_memory_bytes``, ``adapter`` (path), ``data`` (counts),
             ``spectra`` ({group: {eigenvalues ascending, rank, index?, size?, modules?}}), ``weight_null_space`` ({arm:
-            {threshold, dim, left_out, modules}}, as ``WeightNullSpace.facts``).
+            {threshold, dim, left_out, modules}}, as ``WeightNullSpace.facts``), ``rows`` ({set: counts, as
+            ``RowCounts.facts``}), ``skipped`` (steps), ``trained_by`` ({arm: [{engine, world_size, from, to}]}).
     """
     run.mkdir(parents=True, exist_ok=True)
     clean = redact_all(strict(report))
@@ -220,9 +221,32 @@ def _markdown(report: Mapping[str, Any], drawn: Sequence[str]) -> str:
     parts += [f"![{CAPTIONS[name]}](plots/{name}.png)" for name in drawn if name == "spectrum"]
     for arm, facts in (report.get("weight_null_space") or {}).items():
         parts += [f"## Null space of the weights, {arm_label(arm)}", *weight_null_table(facts)]
-    parts += ["## Run", _run_table(report)]
+    parts += [*_rows_table(report), "## Run", _run_table(report)]
     parts += [f"![{CAPTIONS[name]}](plots/{name}.png)" for name in drawn if name == "loss"]
     return "\n\n".join(parts) + "\n"
+
+
+def _trained_by(report: Mapping[str, Any]) -> str | None:
+    """Which engines on how many ranks trained the recipe's own adapter, where it was not this start's alone."""
+    stretches = (report.get("trained_by") or {}).get(own_arm(report)) or []
+    here = (report.get("engine"), report.get("world_size"))
+    if all((part["engine"], part["world_size"]) == here for part in stretches) and len(stretches) < 2:
+        return None
+    return ", ".join(f"{part['engine']} on {part['world_size']} to step {part['to']}" for part in stretches)
+
+
+def _rows_table(report: Mapping[str, Any]) -> list[str]:
+    """Of the sets of which rows were left out, cut or met twice; nothing where all rows are as they should be."""
+    told = {
+        name: {key.replace("_", " "): count for key, count in counts.items() if key != "rows" and count}
+        for name, counts in (report.get("rows") or {}).items()
+    }
+    rows = [
+        [name, str(report["rows"][name]["rows"]), ", ".join(f"{count} {what}" for what, count in found.items())]
+        for name, found in told.items()
+        if found
+    ]
+    return ["## Rows", markdown_table(["set", "rows read", "of them"], rows)] if rows else []
 
 
 def _run_table(report: Mapping[str, Any]) -> str:
@@ -234,6 +258,8 @@ def _run_table(report: Mapping[str, Any]) -> str:
         "ranks": report.get("world_size"),
         "quantization": report.get("quantization"),
         "steps": len(report.get("losses") or []) or None,
+        "steps skipped, not finite": len(report.get("skipped") or []) or None,
+        "trained by": _trained_by(report),
         "loss, first and last": f"{losses[0]:.4f} → {losses[-1]:.4f}" if losses else None,
         "tokens per second": None if speed is None else f"{speed:,.0f}",
         "peak memory a rank": None if memory is None else f"{memory / 2**30:.2f} GiB",

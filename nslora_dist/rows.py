@@ -70,7 +70,7 @@ class Rows:
 
     Attributes:
         table: One column a field, all text.
-        numbers: (rows,), int64: where each row stands in what was read; ``place`` puts it into words.
+        numbers: (rows,), int64: where each row stands in what was read; ``Tally.place`` puts it into words.
         sizes: (rows,), int64: characters or bytes of its text, roughly.
         read: Rows read, the bad ones included.
         tally: The bad ones, for the caller to warn of (``Tally.warn``) once it has added its own.
@@ -102,10 +102,6 @@ class Rows:
             found = self.table[chosen]
             yield chosen, {field: list(found[field]) for field in self.table.column_names}
             start += len(chosen)
-
-    def place(self, row: int) -> str:
-        """Which row it is, as a person counts them in the file."""
-        return self.tally.place(int(self.numbers[row]))
 
 
 def load_rows(section: Texts | PromptSet, fields: Sequence[str], *, name: str, filled: Sequence[str] = ()) -> Rows:

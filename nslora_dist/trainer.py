@@ -119,7 +119,7 @@ def train(
         if math.isfinite(loss):
             norm = engine.step(rate)
         else:
-            where = where or _blame(engine, batches, device=device)
+            where = where or _blame(engine, data, batches, device=device)
             engine.skip()
         result.losses.append(loss if math.isfinite(loss) else None)
         result.grad_norms.append(norm if math.isfinite(norm) else None)
@@ -231,7 +231,7 @@ def _interference_tags(found: dict[str, dict[str, Tensor]]) -> dict[str, float]:
     return tags
 
 
-def _blame(engine: Engine, batches: Sequence[Batch], *, device: torch.device) -> str:
+def _blame(engine: Engine, data: TrainingData, batches: Sequence[Batch], *, device: torch.device) -> str:
     """Runs the step's micro-batches once more to say where the first non-finite value came up."""
     found: list[tuple[int, str, int]] = []
 
@@ -254,7 +254,7 @@ def _blame(engine: Engine, batches: Sequence[Batch], *, device: torch.device) ->
     if found:
         number, name, row = found[0]
         samples = batches[number].samples
-        which = f", sample {', '.join(map(str, samples[row]))} of data.path" if row < len(samples) else ""
+        which = f", data.path {', '.join(map(data.place, samples[row]))}" if row < len(samples) else ""
         mine = f"rank {dist.rank()}, micro-batch {number}, row {row}, module {name}{which}"
     return next((place for place in dist.gather(mine) if place is not None), "the loss alone")
 

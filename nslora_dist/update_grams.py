@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nslora_dist import dist
+from nslora_dist import dist, watch
 from nslora_dist.adapter import Adapter, adapted_linears
 from nslora_dist.artifacts import load_tensors, save_tensors
 from nslora_dist.batches import Batch
@@ -71,7 +71,8 @@ def collect_update_grams(
         for name, module in adapted_linears(model).items()
     ]
     try:
-        for batch in batches:
+        for number, batch in enumerate(batches, start=1):
+            watch.progress(f"update Grams, batch {number}")
             mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
             if batch.unmasked_padding and batch.position_ids is None:
                 mask = torch.zeros_like(mask)  # a batch that only keeps a sharded model's ranks in step

@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+WRITERS = ("tensorboard", "csv_monitor", "wandb", "comet", "flops_profiler", "autotuning", "nebula")
+"""Parts of DeepSpeed that write to places, or send to services, that the file names."""
+
 
 def read_zero_config(name: str, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Reads the file and refuses what contradicts the recipe.
@@ -34,6 +37,11 @@ def read_zero_config(name: str, recipe: Mapping[str, Any]) -> dict[str, Any]:
             value = value.get(part) if isinstance(value, dict) else None
         if value is not None and value != wanted:
             raise ValueError(f"engine.config {path}: {key} is {value!r}, the recipe says {wanted!r}; take it out there")
+    for key in WRITERS:
+        if key in settings:
+            raise ValueError(
+                f"engine.config {path}: '{key}' writes files of its own outside output_dir; take it out there"
+            )
     for key in ("optimizer", "scheduler", "gradient_accumulation_steps"):
         if key in settings:
             raise ValueError(f"engine.config {path}: '{key}' is set by the recipe's train section; take it out there")

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nslora_dist import artifacts, dist
+from nslora_dist import artifacts, dist, manifests
 from nslora_dist.errors import UserError
 
 FILE = "block.safetensors"
@@ -51,7 +51,7 @@ class Parts:
         if not folder.is_dir():
             return None
         try:
-            manifest = artifacts.read_manifest(folder)
+            manifest = manifests.read_manifest(folder)
             same = manifest.get("kind") == "calibrated_block" and manifest.get("key") == self.key
             return Part(manifest["entries"], artifacts.load_tensors(folder / FILE)) if same else None
         except UserError:
@@ -64,7 +64,7 @@ class Parts:
                 with artifacts.replace_folder(self._of(number)) as fresh:
                     artifacts.save_tensors(fresh / FILE, part.tensors)
                     manifest = {"kind": "calibrated_block", "key": self.key, "entries": part.entries}
-                    artifacts.write_manifest(fresh, manifest)
+                    manifests.write_manifest(fresh, manifest)
 
     def clear(self) -> None:
         """Deletes them, once the artifact is whole on disk."""

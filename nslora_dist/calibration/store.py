@@ -20,7 +20,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from nslora_dist import artifacts, dist
+from nslora_dist import artifacts, dist, manifests
 from nslora_dist.errors import UserError
 
 MIXTURE = "calibration"
@@ -54,7 +54,11 @@ class Stored:
     tensors: Mapping[str, Tensor]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors that a reader needs, and their shapes, as the manifest has them."""
+        """The tensors that a reader needs, and their shapes, as the manifest has them.
+
+        It looks at all else that is read of the manifest as well: what is not there, or of another kind, raises
+        KeyError, TypeError, ValueError or AttributeError.
+        """
         raise NotImplementedError
 
     def send(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -79,9 +83,15 @@ class NullSpace(Stored):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors that ``starts`` sends."""
         rank = self.manifest["settings"]["rank"]
+        texts = [self.manifest["settings"]["form"], *self.manifest["groups"], *self.manifest["modules"]]
+        "".join([text for group in self.manifest["groups"].values() for text in group["modules"]] + texts)
+        if not self.manifest["modules"]:
+            raise ValueError("no modules")
+        sum(value for value in self.leak().values() if value is not None)
         found: dict[str, tuple[int, ...]] = {}
         for module, entry in self.manifest["modules"].items():
             group = entry["group"]
+            sum(entry["references"].values())
             found[f"{group}.basis"] = (self.manifest["groups"][group]["in_features"], rank)
             found |= {f"{group}.update_gram.{name}": (rank, rank) for name in entry["references"]}
             if entry["mixed"]:
@@ -132,7 +142,7 @@ def save(folder: Path, stored: Stored) -> None:
     """Writes the artifact, whole or not at all; on rank 0."""
     with artifacts.replace_folder(folder) as fresh:
         artifacts.save_tensors(fresh / stored.FILE, stored.tensors)
-        artifacts.write_manifest(fresh, stored.manifest)
+        manifests.write_manifest(fresh, stored.manifest)
 
 
 def load(folder: Path, kind: type[S] = NullSpace) -> S:  # type: ignore[assignment]
@@ -141,21 +151,21 @@ def load(folder: Path, kind: type[S] = NullSpace) -> S:  # type: ignore[assignme
     Raises:
         UserError: a file is missing, damaged or not as the manifest says.
     """
-    manifest = artifacts.read_manifest(folder, needs=[kind.FILE])
+    manifest = manifests.read_manifest(folder, needs=[kind.FILE])
     found = kind(manifest=manifest, tensors=artifacts.load_tensors(folder / kind.FILE))
     try:
         wanted = found.shapes()
         said = "key" if not isinstance(manifest["key"], str) else ""
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # whole, but written by something else
         raise UserError(
-            f"{folder / artifacts.MANIFEST}: is not a null space's ({error!r}); give another folder"
+            f"{folder / manifests.MANIFEST}: is not a null space's ({error!r}); give another folder"
         ) from error
     for name, shape in wanted.items():
         tensor = found.tensors.get(name)
         if tensor is None or tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
             said = name
     if said:
-        raise UserError(f"{folder}: its '{said}' is missing or not as {artifacts.MANIFEST} says; make it again")
+        raise UserError(f"{folder}: its '{said}' is missing or not as {manifests.MANIFEST} says; make it again")
     return found
 
 

@@ -49,6 +49,13 @@ class WeightNullSpace(Stored):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors that ``bases`` sends."""
+        if not self.manifest["modules"]:
+            raise ValueError("no modules")
+        if not self.manifest["settings"]["threshold"] + self.manifest["settings"]["dim"] > 0:
+            raise ValueError("a threshold and a dim")
+        for entry in self.manifest["modules"].values():
+            if not all(entry[side]["second"] >= 0 and entry[side]["kept"] >= 0 for side in ("right", "left")):
+                raise ValueError("a module's singular value or number of directions")
         return {
             f"{name}.{side}": (entry[side]["size"], entry[side]["kept"])
             for name, entry in self.manifest["modules"].items()

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
+from nslora_dist import watch
 from nslora_dist.adapter import adapted_linears
 from nslora_dist.base_model import units
 from nslora_dist.base_weights import finish, return_freed_memory
@@ -137,6 +138,7 @@ def prepare(
     """
     # Largest first, while nothing else takes room: a 4-bit base's embedding and head are larger than its blocks.
     for name, unit in sorted(units(job.model), key=lambda named: -_stored_bytes(named[1])):
+        watch.progress(name)
         empty = shards_empty(name)
         if not empty:
             job.fill(unit, name)

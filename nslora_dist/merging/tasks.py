@@ -112,7 +112,7 @@ def read_stored(where: str, folder: Path) -> StoredLora:
     for module, pair in factors.items():
         try:
             scales[module] = float(module_scale(config, module, pair.rank))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{where}: {CONFIG_FILE} has no usable lora_alpha for {module}") from error
         if not math.isfinite(scales[module]):
             raise UserError(f"{where}: the scale of {module} is {scales[module]}; mend lora_alpha in {CONFIG_FILE}")

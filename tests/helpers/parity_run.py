@@ -243,7 +243,7 @@ def non_finite(engine: str, world: Path) -> dict[str, str]:
     rows = [{"prompt": f"w{number} w2", "response": "w3"} for number in range(16)]
     said = {}
     for name, changes in {
-        "rate": {"train": {"learning_rate": 1e30, "max_steps": 4}},
+        "rate": {"train": {"learning_rate": 1e30, "max_steps": 4, "stop_after_skipped": 3}},
         "head": {"base_model": {"path": str(world / "poisoned_head")}},
         "token": {
             "base_model": {"path": str(world / "poisoned_token")},
@@ -253,6 +253,7 @@ def non_finite(engine: str, world: Path) -> dict[str, str]:
         with dist.together("rows"):
             if dist.is_main():
                 write_rows(world / "one_bad_row.jsonl", one_bad_row(rows))
+        changes["train"] = {"stop_after_skipped": 1} | changes.get("train", {})
         settings = changes | {"adapter": {"method": "lora"}, "engine": _settings(engine, world, Case())}
         recipe = make_recipe(world, world / "llama", world / engine / f"bad_{name}", **settings)
         with started(recipe) as stage:

@@ -14,11 +14,13 @@ from nslora_dist import dist
 from nslora_dist.adapter import adapted_linears
 from nslora_dist.checkpoint import Checkpoints, identity
 from nslora_dist.data import Batch, TrainingData
+from nslora_dist.engines import Engine
+from nslora_dist.errors import UserError
 from nslora_dist.report import Scalars
 from nslora_dist.trainer import Trained, train
 
-STEPS = 9
-"""One epoch of the toy task's 70 rows by 8, the last global batch short."""
+STEPS = 5
+"""One epoch of the toy task's 70 rows by 16, the last global batch short."""
 
 
 @dataclass
@@ -45,12 +47,18 @@ def recipe_of(layout: str, world: Path, output: Path, changes: dict[str, Any]) -
         engine["config"] = str(world / "zero.json")
     settings = {
         "adapter": {"method": "lora", "rank": 5},
-        "train": {"max_steps": None, "epochs": 1.0, "schedule": "linear"},
+        "train": {
+            "max_steps": None,
+            "epochs": 1.0,
+            "schedule": "linear",
+            "global_batch_size": 16,
+            "micro_batch_size": 4,
+        },
         "engine": engine,
-        "checkpoint": {"every": 4, "keep_last": 9},
+        "checkpoint": {"every": 2, "keep_last": 9},
     }
     for section, values in changes.items():
-        settings[section] = settings.get(section, {}) | values
+        settings[section] = settings.get(section, {}) | values if isinstance(values, dict) else values
     return make_recipe(
         world, world / changes.get("base", "llama"), output, **{k: v for k, v in settings.items() if k != "base"}
     )
@@ -84,9 +92,7 @@ def resume(layout: str, world: Path, name: str, start: Path | None, changes: dic
                 scalars=scalars,
                 checkpoints=checkpoints,
             )
-        factors = {}
-        for name_, module in adapted_linears(stage.engine.model).items():
-            factors |= {f"{name_}.{key}": stage.engine.gather(getattr(module, key)) for key in ("lora_A", "lora_B")}
+        factors = _factors(stage.engine)
     return Resumed(trained, factors, seen, checkpoints.history)
 
 
@@ -115,3 +121,73 @@ def same(one: Resumed, other: Resumed) -> bool:
     """Whether two trainings came to the same bits: curve and factors."""
     curves = (one.trained.losses, one.trained.grad_norms) == (other.trained.losses, other.trained.grad_norms)
     return curves and all(torch.equal(value, other.factors[name]) for name, value in one.factors.items())
+
+
+def skipping(layout: str, world: Path, name: str, bad: dict[int, str], changes: dict[str, Any]) -> dict[str, Any]:
+    """A training in which the steps ``bad`` meet a loss or a gradient that is not finite; its end and what it left.
+
+    ``loss`` spoils the loss that a rank sees, ``gradient`` the gradient alone, both on the last rank only.
+    """
+    folder = world / name
+    with dist.together("preparing"):
+        if dist.is_main():
+            zero_config(world)
+    recipe = recipe_of(layout, world, folder, changes)
+    here = {"step": -1}
+    with started(recipe) as stage:
+        last = dist.rank() == dist.world_size() - 1
+        deal, forward, backward = stage.data.micro_batches, stage.engine.forward, stage.engine.backward
+
+        def micro_batches(step: int, *, rank: int, world_size: int) -> list[Batch]:
+            here["step"] = step
+            return deal(step, rank=rank, world_size=world_size)
+
+        def spoilt_forward(batch: Batch) -> Tensor:
+            loss = forward(batch)
+            return loss * torch.nan if last and bad.get(here["step"]) == "loss" else loss
+
+        def spoilt_backward(loss: Tensor) -> None:
+            backward(loss * torch.inf if last and bad.get(here["step"]) == "gradient" else loss)
+
+        stage.data.micro_batches = micro_batches  # type: ignore[method-assign]
+        stage.engine.forward, stage.engine.backward = spoilt_forward, spoilt_backward  # type: ignore[method-assign]
+        checkpoints = Checkpoints(
+            folder / "checkpoints",
+            recipe.checkpoint,
+            belongs_to=identity(recipe, {"base": "b", "rows": stage.data.hash, "start": None}),
+            engine=recipe.engine.name,
+        )
+        trained, said, snapshots = None, "", {}
+        step = stage.engine.step
+
+        def kept_step(rate: float) -> float:
+            before = _factors(stage.engine)
+            norm = step(rate)
+            snapshots[here["step"]] = all(torch.equal(v, before[k]) for k, v in _factors(stage.engine).items())
+            return norm
+
+        stage.engine.step = kept_step  # type: ignore[method-assign]
+        try:
+            with Scalars(folder / "tensorboard") as scalars:
+                trained = train(
+                    stage.engine,
+                    stage.data,
+                    recipe.train,
+                    device=stage.run.device,
+                    scalars=scalars,
+                    checkpoints=checkpoints,
+                )
+        except UserError as error:
+            said = str(error)
+        factors = _factors(stage.engine)
+    finite = all(bool(value.isfinite().all()) for value in factors.values())
+    left = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    return {"trained": trained, "said": said, "unchanged": snapshots, "finite": finite, "left": left}
+
+
+def _factors(engine: Engine) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": engine.gather(getattr(module, key))
+        for name, module in adapted_linears(engine.model).items()
+        for key in ("lora_A", "lora_B")
+    }

@@ -32,15 +32,16 @@ def test_every_rank_says_where(world: Path, tmp_path: Path, engine: str) -> None
     first, *others = run_ranks(non_finite, ENGINES[engine], engine, tmp_path)
     assert all(other == first for other in others), "ranks tell different stories"
 
-    assert re.search(r"step [123] .*module model\.layers\.\d.*learning_rate", first["rate"]), first["rate"]
-    assert re.search(r"step 0 .*rank 0, micro-batch 0, row \d, module lm_head", first["head"]), first["head"]
+    three = r"step 2 and the 2 after it: .*module model\.layers\.\d.*learning_rate"
+    assert re.search(three, first["rate"]), first["rate"]
+    assert re.search(r"step 1: .*rank 0, micro-batch 0, row \d, module lm_head", first["head"]), first["head"]
     # 16 rows of equal length, 8 a step: the poisoned one is in one of the first two steps, on whatever rank.
     found = re.search(
-        r"step ([01]) .*rank (\d), micro-batch (\d), row (\d), module model\.embed_tokens", first["token"]
+        r"step ([12]): .*rank (\d), micro-batch (\d), row (\d), module model\.embed_tokens", first["token"]
     )
     assert found, first["token"]
     step, rank, micro_batch, row = map(int, found.groups())
-    assert bad_place(tmp_path, ENGINES[engine]) == (step, rank, micro_batch, row)
+    assert bad_place(tmp_path, ENGINES[engine]) == (step - 1, rank, micro_batch, row)
 
 
 def bad_place(folder: Path, ranks: int) -> tuple[int, int, int, int]:

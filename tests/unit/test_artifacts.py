@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nslora_dist import artifacts
+from nslora_dist import artifacts, manifests
 from nslora_dist.errors import UserError
 
 
@@ -142,7 +142,7 @@ def test_what_a_killed_writer_left_is_put_right(tmp_path: Path, moved_aside: boo
         target.mkdir()
     else:
         with pytest.raises(UserError, match=r"\.adapter\.old: move it back"):
-            artifacts.read_manifest(target)
+            manifests.read_manifest(target)
     with pytest.raises(RuntimeError), artifacts.replace_folder(target):
         raise RuntimeError
     assert names(target) == (["old"] if moved_aside else [])
@@ -168,18 +168,18 @@ def described(tmp_path: Path) -> Path:
         artifacts.save_tensors(partial / "null_space.safetensors", {"basis": torch.ones(8, 2)})
         (partial / "notes").mkdir()
         (partial / "notes" / "a.txt").write_text("a")
-        artifacts.write_manifest(partial, {"tokens": 12})
+        manifests.write_manifest(partial, {"tokens": 12})
     return folder
 
 
 def test_manifest_lists_and_verifies(described: Path) -> None:
     (described / "unlisted").write_text("a person's own note")
-    manifest = artifacts.read_manifest(described)
+    manifest = manifests.read_manifest(described)
     assert manifest["tokens"] == 12
     assert sorted(manifest["files"]) == ["notes/a.txt", "null_space.safetensors"]
     assert manifest["files"]["notes/a.txt"] == {"sha256": artifacts.hash_file(described / "notes/a.txt"), "bytes": 1}
     with pytest.raises(ValueError, match="'files' is taken"):
-        artifacts.write_manifest(described, {"files": {}})
+        manifests.write_manifest(described, {"files": {}})
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_manifest_lists_and_verifies(described: Path) -> None:
 def test_damage_is_told_in_one_line(described: Path, damage, message: str) -> None:
     damage(described / "null_space.safetensors")
     with pytest.raises(UserError, match=message) as caught:
-        artifacts.read_manifest(described)
+        manifests.read_manifest(described)
     assert "\n" not in str(caught.value) and "make it again" in str(caught.value)
 
 
@@ -214,7 +214,7 @@ def test_damage_is_told_in_one_line(described: Path, damage, message: str) -> No
     ],
 )
 def test_a_bad_manifest_is_refused(described: Path, manifest: str | dict | None, message: str) -> None:
-    path = described / artifacts.MANIFEST
+    path = described / manifests.MANIFEST
     if manifest is None:
         path.unlink()
     elif isinstance(manifest, dict):
@@ -222,23 +222,23 @@ def test_a_bad_manifest_is_refused(described: Path, manifest: str | dict | None,
     else:
         path.write_text(manifest)
     with pytest.raises(UserError, match=message) as caught:
-        artifacts.read_manifest(described)
+        manifests.read_manifest(described)
     assert "\n" not in str(caught.value)
 
 
 def test_the_manifest_proves_itself_to_the_byte(described: Path) -> None:
-    path = described / artifacts.MANIFEST
+    path = described / manifests.MANIFEST
     whole = path.read_bytes()
-    assert artifacts.read_manifest(described)["tokens"] == 12
+    assert manifests.read_manifest(described)["tokens"] == 12
     for old, new in ((b'"tokens": 12', b'"tokens": 13'), (b"{\n", b"{\r\n"), (b"\n", b"\n "), (b"12,", b"12.0,")):
         path.write_bytes(whole.replace(old, new, 1))
         with pytest.raises(UserError, match=r"altered.*make it again"):
-            artifacts.read_manifest(described)
+            manifests.read_manifest(described)
     path.write_bytes(whole)
     with pytest.raises(UserError, match=r"does not list other\.safetensors"):
-        artifacts.read_manifest(described, needs=["other.safetensors"])
+        manifests.read_manifest(described, needs=["other.safetensors"])
     with pytest.raises(ValueError, match="is taken"):
-        artifacts.write_manifest(described, {artifacts.SELF_HASH: ""})
+        manifests.write_manifest(described, {artifacts.SELF_HASH: ""})
 
 
 def test_a_link_in_the_place_of_a_partial_file_is_not_followed(tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def test_bad_lines_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCa
     path = written(tmp_path / "a.jsonl", *lines, BAD["null"], end=b"\r\n")
     data = TrainingData.load(data_section(str(path), on_bad_row="skip"), train_section(), bpe())
     assert data.samples == len(BAD)
+    assert [data.place(i) for i in (0, 3)] == ["line 2 (the first is 1)", "line 8 (the first is 1)"]
     assert data.bad_rows == {reason: 1 + (reason == "null") for reason in BAD}
     assert data.counts.rows == len(lines) + 1
     warnings = [record.message for record in caplog.records if "left out" in record.message]
@@ -275,7 +276,8 @@ def test_calibration_and_evaluation_have_their_counts(tmp_path: Path, caplog: py
         "adaptation": RowCounts(4, {"null": 1}, duplicates=1, too_long=1, left_out=1),
         "retention.old": RowCounts(1),
     }
-    assert sets.counts["adaptation"].facts() == {"rows": 4, "bad_rows": 1, "bad_rows_null": 1, "duplicates": 1}
+    counts = {"rows": 4, "bad_rows": 1, "bad_rows_null": 1, "duplicates": 1, "too_long": 0, "left_out": 0}
+    assert sets.counts["adaptation"].facts() == counts
 
 
 def test_duplicates_are_counted_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
