@@ -1,7 +1,6 @@
 """A toy world, ranks to kill, and the figures of ``make faults``."""
 
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,15 +14,9 @@ from helpers.world import make_base, make_recipe, make_texts
 
 
 @pytest.fixture(scope="session")
-def fault_world() -> Iterator[World]:
+def fault_world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A job of a few seconds: two arms of four steps, a checkpoint after each step."""
-    with tempfile.TemporaryDirectory(prefix="faults-") as name:  # pytest's own folder is closed to other users
-        Path(name).chmod(0o755)
-        yield make_fault_world(Path(name))
-
-
-def make_fault_world(folder: Path) -> World:
-    """Its base, texts and recipe."""
+    folder = tmp_path_factory.mktemp("faults")
     make_base(folder / "base")
     make_texts(folder)
     task = {"path": str(folder / "task.jsonl"), "samples": 3}
@@ -43,8 +36,6 @@ def make_fault_world(folder: Path) -> World:
     tree = yaml.safe_load(recipe.to_yaml())
     del tree["output_dir"]
     (folder / "toy.yaml").write_text(yaml.safe_dump(tree))
-    for path in folder.rglob("*"):
-        path.chmod(path.stat().st_mode | 0o444)  # for the cases that run as another user
     return World(folder, folder / "toy.yaml")
 
 

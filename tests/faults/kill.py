@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from faults.jobs import HANG, Hangs, Job, Who, Zygote
+from helpers.launching import ROOT
 from nslora_dist.errors import EXIT_RANK_LOST
 
 FULL = os.environ.get("NSLORA_FAULTS") == "full"
@@ -210,6 +211,15 @@ def judge(job: Job, victim: Who, place: str, at: float) -> Kill:
     said = [line for rank in range(job.world_size) if rank != victim for line in job.error_lines(rank)]
     statuses = [job.statuses[rank] for rank in range(job.world_size)]
     return Kill(victim, place, max(ranks) - at, statuses, said)
+
+
+def keep(outcome: Outcome) -> None:
+    """Adds to the session's figures, and to a file at once, where a long session can be followed."""
+    outcomes.append(outcome)
+    if FULL:
+        (ROOT / "build").mkdir(exist_ok=True)
+        with (ROOT / "build" / "faults.jsonl").open("a") as file:
+            file.write(json.dumps(outcome.as_json()) + "\n")
 
 
 def check(outcome: Outcome) -> None:
