@@ -273,7 +273,7 @@ def _aside(path: Path) -> Path:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Gives errors of writing the file's name where they have none: write() and fsync() find a disk full without one."""
+    """Gives errors of writing the name of the file: write() and fsync() find a disk full without one."""
     try:
         yield
     except (OSError, SafetensorError) as error:
