@@ -96,7 +96,7 @@ def _train(arm: Arm, bench: Bench, report: dict[str, Any], hashes: dict[str, Any
     """Loads, trains and measures; the adapter is still in the engine."""
     section, clock, device = arm.recipe.train, bench.clock, bench.device
     belongs_to = identity(
-        arm.recipe, {"base": bench.base, "rows": arm.data.hash, "start": start_hash(arm, bench.folder)}
+        arm.recipe, {"base": bench.base, "rows": arm.data.hash, "null_space": start_hash(arm, bench.folder)}
     )
     checkpoints = Checkpoints(
         bench.checkpoints(arm.name), arm.recipe.checkpoint, belongs_to=belongs_to, engine=arm.recipe.engine.name

@@ -44,7 +44,7 @@ def check(
     wanted = make_plan(recipe, shapes, cluster).phase(phase)
     folder = Path(recipe.output_dir).absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(there).free + _held(folder / "checkpoints")
     if wanted.disk > free:
         raise UserError(
             f"{phase}: needs {gb(wanted.disk)} of disk in output_dir {recipe.output_dir}, {gb(free)} are free; "
@@ -68,6 +68,11 @@ def check(
             f"{phase}: needs about {gb(host)} of host memory, {gb(available)} are free; "
             "python launch/plan.py says what to change"
         )
+
+
+def _held(folder: Path) -> int:
+    """Bytes of the checkpoints that are there already: the plan counts them, and older ones make room for newer."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _available(local: int) -> float | None:

@@ -305,6 +305,11 @@ def null_space_bytes(shapes: Shapes, texts: Texts) -> float:
     return float(FLOAT32 * total * shapes.layers)
 
 
+def checkpoint_bytes(shapes: Shapes) -> float:
+    """One checkpoint: of every trained parameter the float32 master and AdamW's two moments."""
+    return 12.0 * sum(p.numel for p in shapes.trained)
+
+
 def adapter_bytes(shapes: Shapes) -> float:
     """Bytes of ``adapter_model.safetensors``: A and B in the compute dtype, of rank 2r in residual form.
 

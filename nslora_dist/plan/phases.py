@@ -319,7 +319,11 @@ def _train(recipe: Recipe, shapes: Shapes, cluster: Cluster, knobs: zero3.Knobs,
         compute += accumulation * passes * mine / cluster.host_bandwidth
     seconds = _hidden(compute, wire_seconds(wire, cluster), cluster)
     note = f"one step: {accumulation} micro-batches of {batch.rows} x {batch.length} tokens a rank"
-    return Phase("train", gpu, host, tuple(wire), flops, seconds, note=note)
+    kept = memory.checkpoint_bytes(shapes)
+    # A rank writes its part behind the next steps, while the older ones are still kept.
+    host |= {"checkpoint on its way": kept / world * cluster.ranks_per_node}
+    disk = kept * (recipe.checkpoint.keep_last + 1)
+    return Phase("train", gpu, host, tuple(wire), flops, seconds, disk=disk, note=note)
 
 
 def _export(recipe: Recipe, shapes: Shapes, cluster: Cluster, knobs: zero3.Knobs) -> Phase:

@@ -38,7 +38,8 @@ def describe(plan: Plan) -> str:
         f"training: {plan.tokens_per_second:,.0f} tokens/s over all GPUs at full length"
         + (f", {_time(plan.steps * plan.phase('train').seconds)} for {plan.steps} steps" if plan.steps else ""),
         f"on disk: null space {gb(memory.null_space_bytes(shapes, _texts(plan)))}, "
-        f"adapter {gb(memory.adapter_bytes(shapes))}",
+        f"adapter {gb(memory.adapter_bytes(shapes))}, a checkpoint {gb(memory.checkpoint_bytes(shapes))} "
+        f"({recipe.checkpoint.keep_last} are kept)",
         *_unplanned(shapes),
         "",
         "Assumed (every line is a flag, - for _; bytes, bytes/s, FLOP/s, seconds; 0: not known, not checked):",

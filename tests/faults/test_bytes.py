@@ -13,7 +13,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from helpers.kept_state import State, checkpoints, facts
 from nslora_dist.calibration import store
+from nslora_dist.calibration.parts import Part, Parts
 from nslora_dist.calibration.weights import WeightNullSpace
 from nslora_dist.errors import UserError
 from nslora_dist.export import Factors, write_adapter
@@ -72,6 +74,27 @@ def load_adapter(folder: Path) -> object:
     return read_stored("adapter", folder), read_provenance(folder), read_update_grams(folder)
 
 
+def make_checkpoint(folder: Path) -> None:
+    checkpoints(folder).write(State.drawn(2), 2, facts(2))  # type: ignore[arg-type]
+
+
+def load_checkpoint(folder: Path) -> None:
+    """A damaged one is skipped, which leaves nothing to take up."""
+    found = checkpoints(folder)
+    found.look()
+    if found.step == 0:
+        raise UserError("skipped")
+
+
+def make_block(folder: Path) -> None:
+    Parts(folder, "1" * 64).write(3, Part({"groups": {"g": {"leak": 0.5}}}, {"g.basis": torch.randn(8, 3)}))
+
+
+def load_block(folder: Path) -> None:
+    if Parts(folder, "1" * 64).read(3) is None:
+        raise UserError("to be done again")
+
+
 class Kind(NamedTuple):
     """A folder whose files prove themselves: how it is made, and the call that takes it up."""
 
@@ -84,6 +107,8 @@ KINDS = [
     Kind("null space", make_null_space, store.load),
     Kind("weights' null space", make_weight_null_space, lambda folder: store.load(folder, WeightNullSpace)),
     Kind("adapter", make_adapter, load_adapter),
+    Kind("checkpoint", make_checkpoint, load_checkpoint),
+    Kind("calibrated block", make_block, load_block),
 ]
 
 
