@@ -283,7 +283,7 @@ def _replaced(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     except BaseException as error:
         if isinstance(error, OSError | SafetensorError) and getattr(error, "filename", None) is None:
-            error.filename = str(path)  # a full disk is noticed in write(), which knows no name
+            error.filename = str(path)  # type: ignore[union-attr]  # a full disk is noticed in write(), which knows no name
         partial.unlink(missing_ok=True)
         raise
     _sync(path.parent)
