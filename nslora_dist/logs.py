@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from tqdm import tqdm
+
 from nslora_dist import watch
 from nslora_dist.redact import redact
 
@@ -83,8 +85,7 @@ class Console(logging.Handler):
             return
         with suppress(Exception):
             clock = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
-            sys.stderr.write(f"{clock} {redact(record.getMessage())}\n")
-            sys.stderr.flush()
+            say(f"{clock} {record.getMessage()}")
 
 
 @dataclass
@@ -172,7 +173,8 @@ def claim() -> bool | None:
 
 
 def say(text: str) -> None:
-    """Writes a line to the person; never raises."""
+    """Writes a line to the person, on a line of its own whatever progress bar is shown; never raises."""
     with suppress(Exception):
-        sys.stderr.write(redact(text) + "\n")
+        under_a_bar = bool(getattr(tqdm, "_instances", ()))
+        sys.stderr.write("\n" * under_a_bar + redact(text) + "\n")
         sys.stderr.flush()

@@ -11,7 +11,7 @@ import random
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,11 +127,18 @@ class Range:
         self._references: dict[tuple[str, int], Reference] = {}
 
     def start(
-        self, engine: str, name: str, *, world_size: int = 2, output: Path | None = None, **more: Any
+        self,
+        engine: str,
+        name: str,
+        *,
+        world_size: int = 2,
+        output: Path | None = None,
+        overrides: Sequence[str] = (),
+        **more: Any,
     ) -> tuple[Job, Path]:
         """A run, and its folder; the same name, or ``output``, continues."""
         output = output or self.folder / name / "run"
-        arguments = self.command(engine, output, world_size)
+        arguments = [*self.command(engine, output, world_size), *overrides]
         return self.zygote.job(self.folder / name, *arguments, output=output, world_size=world_size, **more), output
 
     def reference(self, engine: str, world_size: int = 2) -> Reference:
