@@ -175,6 +175,7 @@ def claim() -> bool | None:
 def say(text: str) -> None:
     """Writes a line to the person, on a line of its own whatever progress bar is shown; never raises."""
     with suppress(Exception):
-        under_a_bar = bool(getattr(tqdm, "_instances", ()))
+        # Only rank 0 shows bars, and the others, who share its terminal, cannot know whether it does.
+        under_a_bar = bool(getattr(tqdm, "_instances", ())) or os.environ.get("RANK", "0") != "0"
         sys.stderr.write("\n" * under_a_bar + redact(text) + "\n")
         sys.stderr.flush()
