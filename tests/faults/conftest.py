@@ -1,6 +1,5 @@
 """A toy world, ranks to kill, and the figures of ``make faults``."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 import yaml
 
 from faults.jobs import Zygote
-from faults.kill import FULL, Range, outcomes, summary
+from faults.kill import FULL, Range, figures, outcomes, summary
 from helpers.launching import ROOT, World
 from helpers.world import make_base, make_recipe, make_texts
 
@@ -65,5 +64,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if FULL:
         path = ROOT / "build" / "faults.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"summary": table, "runs": [o.as_json() for o in outcomes]}, indent=1) + "\n")
+        path.write_text(figures(outcomes))
         terminalreporter.write_line(f"\n{path}")

@@ -105,8 +105,11 @@ class Outcome:
     different: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """For the file of figures."""
-        return asdict(self)
+        """For the file of figures; of paths only what is inside the run's folder."""
+        found = asdict(self)
+        for kill in found["kills"]:
+            kill["said"] = [re.sub(r"/\S*/run\b", "output_dir", line) for line in kill["said"]]
+        return found
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,7 @@ class Range:
             else:
                 job, output = self.start(case.engine, case.name, world_size=case.world_size)
                 victim = dice.choice(["launcher", *range(case.world_size)])
-                found = self._later(job, victim, reference.seconds * dice.uniform(0.1, 0.7))
+                found = self._later(job, victim, reference.seconds * dice.uniform(0.05, 0.4))
             if found is not None:
                 outcome.kills.append(found)
         job, output = self.start(case.engine, case.name, world_size=case.world_size)
@@ -320,6 +323,12 @@ def all_cases() -> list[Case]:
             Case(engine, "checkpoint", 1, seed=2, at_file=True, world_size=3),
         ]
     return cases
+
+
+def figures(outcomes: list[Outcome]) -> str:
+    """The file of figures: a run a line."""
+    runs = ",\n".join(json.dumps(outcome.as_json()) for outcome in outcomes)
+    return f'{{"summary": {json.dumps(summary(outcomes).splitlines(), indent=1)},\n"runs": [\n{runs}\n]}}\n'
 
 
 def phase_of(place: str) -> str:
