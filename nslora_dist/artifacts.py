@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -280,7 +281,9 @@ def _replaced(path: Path) -> Iterator[Path]:
         yield partial
         _sync(partial)
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError | SafetensorError) and getattr(error, "filename", None) is None:
+            error.filename = str(path)  # a full disk is noticed in write(), which knows no name
         partial.unlink(missing_ok=True)
         raise
     _sync(path.parent)
