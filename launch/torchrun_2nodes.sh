@@ -18,11 +18,15 @@ shift
 : "${HEAD:?the address of the machine with NODE_RANK=0}"
 
 nodes=${NODES:-2}
-meet=(--master-addr "$HEAD" --master-port "${PORT:-29500}")
+: "${NODE_RANK:?0 on the machine HEAD, 1 on the second, ...}"
 if [[ $nodes == *:* || ${RESTARTS:-0} -gt 0 ]]; then
-    meet=(--rdzv-backend c10d --rdzv-endpoint "$HEAD:${PORT:-29500}" --rdzv-id "${JOB:-nslora}")
+    # Without is_host torchrun compares HEAD with the machine's own name, and an address it does not know itself by is
+    # nobody's: then nobody listens there.
+    conf=is_host=$([ "$NODE_RANK" = 0 ] && echo 1 || echo 0),last_call_timeout=${LAST_CALL:-30}
+    meet=(--rdzv-backend c10d --rdzv-endpoint "$HEAD:${PORT:-29500}" --rdzv-id "${JOB:-nslora}"
+        --rdzv-conf "$conf${RDZV_CONF:+,$RDZV_CONF}" ${ADDRESS:+--local-addr "$ADDRESS"})
 else
-    meet+=(--node-rank "${NODE_RANK:?0 on the first machine, 1 on the second, ...}")
+    meet=(--master-addr "$HEAD" --master-port "${PORT:-29500}" --node-rank "$NODE_RANK")
 fi
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
