@@ -117,7 +117,7 @@ def _join(here: torch.device, timeout_seconds: float) -> None:
         return
     try:
         store, number, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
-        if launcher_keeps_store() and world > 1:
+        if launcher_keeps_store():
             store = _of_this_start(store, number, world, timeout_seconds)
         waits = timedelta(seconds=timeout_seconds)
         dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=waits)

@@ -172,7 +172,8 @@ def claim() -> bool | None:
 
 
 def say(text: str) -> None:
-    """Writes a line to the person; never raises."""
+    """Writes a line to the person, below a progress bar that is on its way; never raises."""
     with suppress(Exception):
-        sys.stderr.write(redact(text) + "\n")
+        bars = getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())
+        sys.stderr.write(("\n" if bars else "") + redact(text) + "\n")
         sys.stderr.flush()

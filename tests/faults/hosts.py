@@ -106,7 +106,9 @@ class Launcher:
     def ranks(self) -> list[int]:
         """The processes of its ranks."""
         text = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return [pid for pid in map(int, text.split()) if b"launch/train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return [
+            pid for pid in map(int, text.split()) if b"launch/train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
 
     def over(self) -> bool:
         """Whether the launcher has ended; then ``ended`` says when it was first seen so."""

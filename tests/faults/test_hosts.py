@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -31,6 +32,7 @@ from helpers.launching import free_port
 from helpers.world import make_base, make_recipe, make_texts
 from nslora_dist.errors import EXIT_RANK_LOST
 
+Begin = Callable[[str], HostOutcome]
 full_only = pytest.mark.skipif(not FULL, reason="NSLORA_FAULTS=full tries this (make faults)")
 
 
@@ -100,7 +102,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.fixture(scope="module")
-def one_host(runs: Runs, zygote: Zygote) -> dict[str, object]:
+def one_host(runs: Runs, zygote: Zygote) -> dict[str, Any]:
     """What the same two ranks leave on one host, undisturbed."""
     output = runs.output("one host")
     arguments = ["launch/train.py", "--recipe", str(runs.recipe), f"output_dir={output}"]
@@ -115,7 +117,7 @@ def running() -> Iterator[list[Launcher]]:
 
 
 @pytest.fixture
-def outcome(request: pytest.FixtureRequest) -> Iterator[Callable[[str], HostOutcome]]:
+def outcome() -> Iterator[Begin]:
     """Gives a case its entry among the figures, which is kept when the test is over."""
     made: list[HostOutcome] = []
 
@@ -141,7 +143,13 @@ def exit_codes(launcher: Launcher) -> list[int]:
 
 
 @full_only
-def test_two_hosts_train_as_one(hosts, runs, one_host, running, outcome) -> None:  # type: ignore[no-untyped-def]
+def test_two_hosts_train_as_one(
+    hosts: Network,
+    runs: Runs,
+    one_host: dict[str, Any],
+    running: list[Launcher],
+    outcome: Begin,
+) -> None:
     found = outcome("two hosts, undisturbed")
     running += runs.on_hosts(hosts, "two hosts")
     ended(running, status=0)
@@ -150,7 +158,14 @@ def test_two_hosts_train_as_one(hosts, runs, one_host, running, outcome) -> None
 
 
 @pytest.mark.parametrize("cut", [1, pytest.param(0, marks=full_only)])
-def test_a_host_is_cut_off(hosts, runs, one_host, running, outcome, cut: int) -> None:  # type: ignore[no-untyped-def]
+def test_a_host_is_cut_off(
+    hosts: Network,
+    runs: Runs,
+    one_host: dict[str, Any],
+    running: list[Launcher],
+    outcome: Begin,
+    cut: int,
+) -> None:
     """Neither can tell the other; each ends by itself, and with a shared folder one of them says why."""
     name = f"cut {cut}"
     found = outcome(f"the cable of host {cut} is pulled in training")
@@ -177,7 +192,12 @@ def test_a_host_is_cut_off(hosts, runs, one_host, running, outcome, cut: int) ->
 
 
 @full_only
-def test_torchrun_restarts_the_ranks_of_one_host(runs, one_host, running, outcome) -> None:  # type: ignore[no-untyped-def]
+def test_torchrun_restarts_the_ranks_of_one_host(
+    runs: Runs,
+    one_host: dict[str, Any],
+    running: list[Launcher],
+    outcome: Begin,
+) -> None:
     name = "restart"
     found = outcome("a rank is killed, one host, --max-restarts 1")
     (runs.folder / name).mkdir()
@@ -197,7 +217,13 @@ def test_torchrun_restarts_the_ranks_of_one_host(runs, one_host, running, outcom
 
 
 @full_only
-def test_torchrun_restarts_the_ranks_of_both_hosts(hosts, runs, one_host, running, outcome) -> None:  # type: ignore[no-untyped-def]
+def test_torchrun_restarts_the_ranks_of_both_hosts(
+    hosts: Network,
+    runs: Runs,
+    one_host: dict[str, Any],
+    running: list[Launcher],
+    outcome: Begin,
+) -> None:
     name = "restart both"
     found = outcome("a rank is killed, two hosts, RESTARTS=1")
     running += runs.on_hosts(hosts, name, RESTARTS="1")
@@ -215,7 +241,13 @@ def test_torchrun_restarts_the_ranks_of_both_hosts(hosts, runs, one_host, runnin
 
 
 @full_only
-def test_one_of_two_hosts_is_lost_for_good(hosts, runs, one_host, running, outcome) -> None:  # type: ignore[no-untyped-def]
+def test_one_of_two_hosts_is_lost_for_good(
+    hosts: Network,
+    runs: Runs,
+    one_host: dict[str, Any],
+    running: list[Launcher],
+    outcome: Begin,
+) -> None:
     """The other goes on alone: another number of ranks, so equal within rounding."""
     name = "elastic"
     found = outcome("host 1 is lost, NODES=1:2 RESTARTS=1: host 0 goes on alone")
