@@ -85,6 +85,13 @@ def network() -> Iterator[Network]:
                 _ip("netns", "del", space)
 
 
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has ended meanwhile
+        return b""
+
+
 @dataclass
 class Launcher:
     """A ``torchrun`` with its ranks, in a process group and with files of its own."""
@@ -106,9 +113,7 @@ class Launcher:
     def ranks(self) -> list[int]:
         """The processes of its ranks."""
         text = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return [
-            pid for pid in map(int, text.split()) if b"launch/train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
+        return [pid for pid in map(int, text.split()) if b"launch/train.py" in _command(pid)]
 
     def over(self) -> bool:
         """Whether the launcher has ended; then ``ended`` says when it was first seen so."""
@@ -120,10 +125,11 @@ class Launcher:
     def lose(self) -> None:
         """SIGKILL for the launcher and its ranks at once, as a power cut."""
         with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        with suppress(FileNotFoundError, ProcessLookupError):
-            for pid in self.ranks():  # torchrun gives each a session of its own
-                os.kill(pid, signal.SIGKILL)
+            if self.process.poll() is None:
+                os.kill(self.process.pid, signal.SIGSTOP)  # it is to start no rank meanwhile
+                for pid in self.ranks():  # torchrun gives each a session of its own
+                    os.kill(pid, signal.SIGKILL)
+                os.killpg(self.process.pid, signal.SIGKILL)
 
 
 @contextmanager
@@ -134,18 +140,8 @@ def launchers() -> Iterator[list[Launcher]]:
         yield started
     finally:
         for launcher in started:
-            kill_all(launcher)
-
-
-def kill_all(launcher: Launcher) -> None:
-    """Stops the launcher first, so that it starts no rank while its ranks are killed."""
-    with suppress(ProcessLookupError):
-        if launcher.process.poll() is None:
-            os.kill(launcher.process.pid, signal.SIGSTOP)
-            for pid in launcher.ranks():
-                os.kill(pid, signal.SIGKILL)
-            os.killpg(launcher.process.pid, signal.SIGKILL)
-    launcher.process.wait(timeout=HANG)
+            launcher.lose()
+            launcher.process.wait(timeout=HANG)
 
 
 def start(command: list[str], errors: Path, *, host: str | None = None, **env: str) -> Launcher:

@@ -132,7 +132,8 @@ def outcome() -> Iterator[Begin]:
 
 def ended(started: list[Launcher], *, status: int) -> None:
     """Waits for the end of all, which has to be ``status``."""
-    until(lambda: all([launcher.over() for launcher in started]), "torchrun does not end")
+    # Each is asked every time, for the moment at which it is first seen to have ended.
+    until(lambda: sum(launcher.over() for launcher in started) == len(started), "torchrun does not end")
     for launcher in started:
         assert launcher.process.returncode == status, launcher.errors[-3000:]
 
