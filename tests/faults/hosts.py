@@ -124,12 +124,13 @@ class Launcher:
 
     def lose(self) -> None:
         """SIGKILL for the launcher and its ranks at once, as a power cut."""
-        with suppress(ProcessLookupError):
-            if self.process.poll() is None:
-                os.kill(self.process.pid, signal.SIGSTOP)  # it is to start no rank meanwhile
-                for pid in self.ranks():  # torchrun gives each a session of its own
-                    os.kill(pid, signal.SIGKILL)
-                os.killpg(self.process.pid, signal.SIGKILL)
+        if self.process.poll() is not None:
+            return
+        os.kill(self.process.pid, signal.SIGSTOP)  # it is to start no rank meanwhile
+        for pid in self.ranks():  # torchrun gives each a session of its own
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        os.killpg(self.process.pid, signal.SIGKILL)
 
 
 @contextmanager
