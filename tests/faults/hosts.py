@@ -189,7 +189,7 @@ class HostOutcome:
 
     case: str
     seconds: list[float] = field(default_factory=list)
-    different: list[str] = field(default_factory=list)
+    different: list[str] = field(default_factory=lambda: ["it did not come to its end"])
     said: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
