@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tqdm import tqdm
-
 from nslora_dist import watch
 from nslora_dist.redact import redact
 
@@ -173,8 +171,8 @@ def claim() -> bool | None:
 
 
 def say(text: str) -> None:
-    """Writes a line to the person, on a line of its own whatever progress bar is shown; never raises."""
+    """Writes a line to the person, below a progress bar that is on its way; never raises."""
     with suppress(Exception):
-        under_a_bar = bool(getattr(tqdm, "_instances", ()))
-        sys.stderr.write("\n" * under_a_bar + redact(text) + "\n")
+        bars = getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())
+        sys.stderr.write(("\n" if bars else "") + redact(text) + "\n")
         sys.stderr.flush()
