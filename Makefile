@@ -21,11 +21,12 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(VENV)/bin/python -m pip install -qq --p
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
-.PHONY: help demo test setup format clean
+.PHONY: help demo test faults setup format clean
 
 help:
 	@echo "make demo    calibrate, train with ZeRO-3 on two CPU processes, export and evaluate a small LLaMA"
 	@echo "make test    lint, types and all tests"
+	@echo "make faults  kills, full disks and broken networks, all of them (an hour)"
 	@echo "make setup   only what both need: .venv with everything in it"
 	@echo "make format  let ruff order imports and lay out the code"
 	@echo "make clean   remove .venv and caches; runs/ stays"
@@ -37,6 +38,10 @@ test: $(READY)
 	@echo "== lint"; $(RUN) ruff check .; $(RUN) ruff format --check .
 	@echo "== types"; $(RUN) mypy
 	@echo "== tests"; $(RUN) $(OFFLINE) DS_ACCELERATOR=cpu python -m pytest --durations=25
+
+# Short selections of these are part of the tests; the figures go to build/faults.json.
+faults: $(READY)
+	@$(RUN) $(OFFLINE) DS_ACCELERATOR=cpu NSLORA_FAULTS=full python -m pytest tests/faults --durations=10
 
 setup: $(READY)
 

@@ -272,18 +272,28 @@ def _aside(path: Path) -> Path:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives errors of writing the name of the file: write() and fsync() find a disk full without one."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "filename", None) is None:
+            error.filename = str(path)  # type: ignore[union-attr]
+        raise
+
+
+@contextmanager
 def _replaced(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that replaces it when the block ends well."""
     partial = _partial(path)
     if partial.is_symlink():
         partial.unlink()  # or the text would go where it points
     try:
-        yield partial
+        with naming(path):
+            yield partial
         _sync(partial)
         os.replace(partial, path)
-    except BaseException as error:
-        if isinstance(error, OSError | SafetensorError) and getattr(error, "filename", None) is None:
-            error.filename = str(path)  # type: ignore[union-attr]  # a full disk is noticed in write(), which knows no name
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
     _sync(path.parent)
@@ -293,7 +303,8 @@ def _sync(path: Path) -> None:
     """Waits until a file's or a folder's contents are on the disk and not merely in the system's cache."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with naming(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
 

@@ -173,6 +173,8 @@ def claim() -> bool | None:
 def say(text: str) -> None:
     """Writes a line to the person, below a progress bar that is on its way; never raises."""
     with suppress(Exception):
+        # Only rank 0 shows bars, and the others, who share its terminal, cannot know whether it does.
         bars = getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())
-        sys.stderr.write(("\n" if bars else "") + redact(text) + "\n")
+        under_a_bar = bool(bars) or os.environ.get("RANK", "0") != "0"
+        sys.stderr.write("\n" * under_a_bar + redact(text) + "\n")
         sys.stderr.flush()

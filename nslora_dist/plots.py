@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nslora_dist.artifacts import naming
 from nslora_dist.card import arm_label, ordered_arms
 from nslora_dist.recipe import ARM_NAMES
 
@@ -84,7 +85,8 @@ def _save(path: Path, draw: "Callable[[Figure, Mapping[str, Any]], bool]", repor
         FigureCanvasAgg(figure)
         if not draw(figure, report):
             return False
-        figure.savefig(path)
+        with naming(path):
+            figure.savefig(path)
     return True
 
 

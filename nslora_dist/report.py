@@ -9,7 +9,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from nslora_dist import dist
-from nslora_dist.artifacts import write_json, write_text
+from nslora_dist.artifacts import naming, write_json, write_text
 from nslora_dist.card import (
     arm_label,
     evaluation_table,
@@ -46,6 +46,7 @@ class Scalars:
 
     def __init__(self, folder: Path, *, start: int = 0) -> None:
         self._writer = None
+        self._folder = folder
         if dist.is_main():
             from torch.utils.tensorboard import SummaryWriter
 
@@ -57,13 +58,15 @@ class Scalars:
             return
         for tag, value in values.items():
             if value is not None:
-                self._writer.add_scalar(tag, float(value), global_step=step)
+                with naming(self._folder):
+                    self._writer.add_scalar(tag, float(value), global_step=step)
 
     def close(self) -> None:
         """Writes out what is still held; safe to call twice."""
         if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+            writer, self._writer = self._writer, None
+            with naming(self._folder):
+                writer.close()
 
     def __enter__(self) -> Self:
         return self

@@ -1,13 +1,13 @@
 """A toy world, ranks to kill, and the figures of ``make faults``."""
 
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
+from faults.hosts import host_outcomes, host_summary
 from faults.jobs import Zygote
 from faults.kill import FULL, Range, outcomes, summary
 from helpers.launching import ROOT, World
@@ -15,15 +15,9 @@ from helpers.world import make_base, make_recipe, make_texts
 
 
 @pytest.fixture(scope="session")
-def fault_world() -> Iterator[World]:
+def fault_world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A job of a few seconds: two arms of four steps, a checkpoint after each step."""
-    with tempfile.TemporaryDirectory(prefix="faults-") as name:  # pytest's own folder is closed to other users
-        Path(name).chmod(0o755)
-        yield make_fault_world(Path(name))
-
-
-def make_fault_world(folder: Path) -> World:
-    """Its base, texts and recipe."""
+    folder = tmp_path_factory.mktemp("faults")
     make_base(folder / "base")
     make_texts(folder)
     task = {"path": str(folder / "task.jsonl"), "samples": 3}
@@ -43,8 +37,6 @@ def make_fault_world(folder: Path) -> World:
     tree = yaml.safe_load(recipe.to_yaml())
     del tree["output_dir"]
     (folder / "toy.yaml").write_text(yaml.safe_dump(tree))
-    for path in folder.rglob("*"):
-        path.chmod(path.stat().st_mode | 0o444)  # for the cases that run as another user
     return World(folder, folder / "toy.yaml")
 
 
@@ -66,13 +58,15 @@ def killing(zygote: Zygote, fault_world: World) -> Range:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Prints the figures, and keeps them where all cases were tried."""
-    if not outcomes:
+    if not outcomes and not host_outcomes:
         return
-    table = summary(outcomes)
+    tables = ([summary(outcomes)] if outcomes else []) + ([host_summary(host_outcomes)] if host_outcomes else [])
+    table = "\n\n".join(tables)
     terminalreporter.write_line("")
     terminalreporter.write_line(table)
     if FULL:
         path = ROOT / "build" / "faults.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"summary": table, "runs": [o.as_json() for o in outcomes]}, indent=1) + "\n")
+        tried = {"runs": [o.as_json() for o in outcomes], "hosts": [o.as_json() for o in host_outcomes]}
+        path.write_text(json.dumps({"summary": table, **tried}, indent=1) + "\n")
         terminalreporter.write_line(f"\n{path}")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -118,7 +119,7 @@ class Zygote:
         output: Path,
         world_size: int = 2,
         strike: dict[str, Any] | None = None,
-        user: int | None = None,
+        unprivileged: bool = False,
         **env: str,
     ) -> Job:
         """Starts ``argv``, a script of ``launch/`` and its arguments, on ``world_size`` ranks.
@@ -129,12 +130,11 @@ class Zygote:
             output: the run's folder.
             world_size: the number of ranks.
             strike: where a rank kills itself or the launcher, as in ``place.record``.
-            user: the user the ranks run as, if not this one.
+            unprivileged: whether the ranks have to keep to permissions, even where this process is root's.
             env: more for the ranks' environment.
         """
         self.until(lambda: self.ready, "the zygote does not start")
         folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o777)  # another user's ranks write here
         name = f"{folder.name}-{len(self._jobs)}"
         job = self._jobs[name] = Job(self, name, folder, world_size)
         asked: dict[str, Any] = {
@@ -144,10 +144,9 @@ class Zygote:
             "folder": str(folder),
             "output": str(output),
             "strike": strike,
+            "unprivileged": unprivileged,
             "env": {"MASTER_PORT": free_port()} | env,
         }
-        if user is not None:
-            asked["user"] = user
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(asked).encode() + b"\n")
         self._process.stdin.flush()
@@ -195,9 +194,11 @@ class Zygote:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.pump(0.0)
         for job in self._jobs.values():
             for who in job.alive:
-                os.kill(job.pids[who], signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(job.pids[who], signal.SIGKILL)
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=HANG)

@@ -6,6 +6,7 @@ operation on a file of the run's folder. Nothing that the rank does is changed b
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -27,8 +28,10 @@ def record(folder: Path, rank: int, output: str, strike: dict[str, Any] | None) 
         folder: the job's.
         rank: this rank's.
         output: the run's folder.
-        strike: ``{"rank", "match", "nth", "victim"}``: what happens right before the ``nth`` operation on a path that
-            holds ``match``: SIGKILL for the rank (``self``) or its ``launcher``, or something of ``spoil.py``.
+        strike: what happens to whom: ``{"rank", "victim", "nth"}`` and either ``match``: right before the ``nth``
+            operation on a path that holds it, or ``pattern`` and ``delay``: so many seconds after the rank came for the
+            ``nth`` time to a place that it matches. ``victim`` is the rank (``self``) or its ``launcher``, which get
+            SIGKILL, or something of ``spoil.py``.
     """
     from spoil import spoil
 
@@ -40,7 +43,28 @@ def record(folder: Path, rank: int, output: str, strike: dict[str, Any] | None) 
     def write(**entry: Any) -> None:
         os.write(file, json.dumps({"time": time.monotonic(), **entry}).encode() + b"\n")
 
-    before = ""
+    def hit(place: str, path: str) -> None:
+        assert strike is not None
+        write(struck=strike["victim"], place=place)
+        if strike["victim"] in ("self", "launcher"):
+            os.kill(os.getpid() if strike["victim"] == "self" else launcher, signal.SIGKILL)
+        else:
+            spoil(strike["victim"], Path(output), Path(path))
+
+    mine = strike is not None and strike["rank"] == rank
+    match = strike["match"] if strike is not None and mine and "match" in strike else None
+    pattern = strike["pattern"] if strike is not None and mine and "pattern" in strike else None
+    before, inside, nth = "", False, 0
+
+    def arrived(place: str) -> None:
+        nonlocal inside, nth
+        was, inside = inside, bool(re.search(pattern, place))
+        nth += inside and not was
+        if inside and not was and nth == strike["nth"]:
+            timer = threading.Timer(strike["delay"], lambda: hit(str(watch.current()), output))
+            timer.daemon = True
+            timer.start()
+
     known = type(watch._state)
 
     class Seen(known):  # type: ignore[misc, valid-type]
@@ -52,24 +76,21 @@ def record(folder: Path, rank: int, output: str, strike: dict[str, Any] | None) 
                 if now != before:
                     before = now
                     write(place=now)
+                    if pattern is not None:
+                        arrived(now)
 
     watch._state.__class__ = Seen
-    nth = 0
 
     def operation(what: str, path: str) -> None:
         nonlocal nth
         if not path.startswith(output) or any(part in path[len(output) :] for part in SKIPPED):
             return
         write(operation=what, path=path[len(output) + 1 :], place=str(watch.current()))
-        if strike is None or strike["rank"] != rank or strike["match"] not in path[len(output) :]:
+        if match is None or match not in path[len(output) :]:
             return
         nth += 1
         if nth == strike["nth"]:
-            write(struck=strike["victim"], place=f"{watch.current()}: {what} {path[len(output) + 1 :]}")
-            if strike["victim"] in ("self", "launcher"):
-                os.kill(os.getpid() if strike["victim"] == "self" else launcher, signal.SIGKILL)
-            else:
-                spoil(strike["victim"], Path(output), Path(path))
+            hit(f"{watch.current()}: {what} {path[len(output) + 1 :]}", path)
 
     _watch_files(operation)
 

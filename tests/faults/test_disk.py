@@ -12,25 +12,23 @@ import pytest
 from faults.jobs import Job
 from faults.kill import FULL, Range, compare, finished, results
 from faults.spoil import BALLAST
-from nslora_dist import artifacts
+from nslora_dist import manifests
 from nslora_dist.errors import EXIT_STORAGE
 
 MEGABYTES = 48
 SIZE = f"size={MEGABYTES}m"
-NOBODY = 65534
-ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a file system, or become another user")
+ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a file system")
 SLOW = pytest.mark.skipif(not FULL, reason="NSLORA_FAULTS=full, or make faults")
 
 
 @contextmanager
 def mounted(folder: Path, *command: str) -> Iterator[Path]:
-    """A file system of its own at a new folder, for any user; skips where this machine allows none."""
+    """A file system of its own at a new folder; skips where this machine allows none."""
     folder.mkdir()
     done = subprocess.run(["mount", *command, str(folder)], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"cannot mount here: {done.stderr.strip()}")
     try:
-        folder.chmod(0o777)
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
@@ -51,8 +49,8 @@ def check_whole(output: Path) -> int:
     """Every checkpoint of that name is whole; returns how many there are."""
     found = [path for path in output.glob("checkpoints/**/step-*") if path.is_dir()]
     for folder in found:
-        for name, entry in artifacts.open_manifest(folder)["files"].items():
-            assert not artifacts.wrong_file(folder, name, entry), folder / name
+        for name, entry in manifests.open_manifest(folder)["files"].items():
+            assert not manifests.wrong_file(folder, name, entry), folder / name
     return len(found)
 
 
@@ -68,8 +66,8 @@ PLACES: dict[str, tuple[str, int]] = {
 class Spoiled:
     """A run on a disk of its own that is spoiled under it, and the same command afterwards."""
 
-    def __init__(self, killing: Range, engine: str, disk: Path, *, user: int | None = None) -> None:
-        self.killing, self.engine, self.disk, self.user = killing, engine, disk, user
+    def __init__(self, killing: Range, engine: str, disk: Path, *, unprivileged: bool = False) -> None:
+        self.killing, self.engine, self.disk, self.unprivileged = killing, engine, disk, unprivileged
         self.output = disk / "run"
 
     def run(self, where: str, how: str) -> Job:
@@ -86,16 +84,19 @@ class Spoiled:
         assert not compare(results(self.output), self.killing.reference(self.engine).result)
 
     def _start(self, strike: dict[str, Any] | None) -> Job:
-        job, _ = self.killing.start(
-            self.engine, f"{self.disk.name}-said", output=self.output, strike=strike, user=self.user
-        )
+        more = {"strike": strike, "unprivileged": self.unprivileged}
+        job, _ = self.killing.start(self.engine, f"{self.disk.name}-said", output=self.output, **more)
         return job
 
 
 @ROOT_ONLY
 @pytest.mark.parametrize(
     ("engine", "where"),
-    [("fsdp2", "checkpoint"), *(pytest.param(e, w, marks=SLOW) for e in ("zero3", "fsdp2") for w in PLACES)],
+    [
+        pytest.param(engine, where, marks=() if (engine, where) == ("fsdp2", "checkpoint") else SLOW)
+        for engine in ("zero3", "fsdp2")
+        for where in PLACES
+    ],
 )
 def test_disk_full(engine: str, where: str, killing: Range) -> None:
     with mounted(killing.folder / f"full-{engine}-{where}", "-t", "tmpfs", "-o", SIZE, "tmpfs") as disk:
@@ -107,16 +108,13 @@ def test_disk_full(engine: str, where: str, killing: Range) -> None:
         run.again()
 
 
-@ROOT_ONLY
 @pytest.mark.parametrize(
     "where", [pytest.param(where, marks=() if where == "adapter" else SLOW) for where in ("checkpoint", "adapter")]
 )
 def test_permission_lost(where: str, killing: Range) -> None:
-    """As a user who is not root, for root needs no permission."""
     disk = killing.folder / f"forbidden-{where}"
     disk.mkdir()
-    disk.chmod(0o777)
-    run = Spoiled(killing, "fsdp2", disk, user=NOBODY)
+    run = Spoiled(killing, "fsdp2", disk, unprivileged=True)
     job = run.run(where, "forbidden")
     check_refused(job, str(run.output), "Permission denied", "give the permission back")
     assert check_whole(run.output) >= 1

@@ -2,11 +2,11 @@
 
 import pytest
 
-from faults.kill import FULL, Case, Range, all_cases, check, outcomes, short_cases
+from faults.kill import FULL, Case, Range, all_cases, check, keep, short_cases
 
 
 @pytest.mark.parametrize("case", all_cases() if FULL else short_cases(), ids=lambda case: case.name)
 def test_killed_and_continued(case: Case, killing: Range) -> None:
     outcome = killing.run(case)
-    outcomes.append(outcome)
+    keep(outcome)
     check(outcome)

@@ -1,8 +1,8 @@
 """Ranks without the seconds that their imports take: one process imports everything once and forks them.
 
 Run as a script. A line on stdin asks for a job: ``{"job", "argv", "world_size", "folder", "env", "output", "strike",
-"user"?}`` (see ``place.py``). The server forks a launcher, which forks the ranks and does nothing but wait for them:
-whatever the ranks do about the death of one of them is their own doing. Each rank runs ``launch/train.py`` as
+"unprivileged"}`` (see ``place.py``). The server forks a launcher, which forks the ranks and only waits for them:
+what the ranks do about the death of one of them is their own doing. Each rank runs ``launch/train.py`` as
 ``__main__``, in the environment that ``torchrun`` would give it, and leaves by the interpreter's own exit. Lines on
 stdout tell of pids and ends: ``{"job", "event", "who", "pid", "status"?, "time"}``, ``who`` being a rank or "launcher".
 
@@ -157,10 +157,9 @@ def _become(job: dict[str, Any], rank: int) -> str:
     }
     os.environ |= job["env"]
     os.chdir(ROOT)
-    if "user" in job:
-        os.setgroups([])
-        os.setgid(job["user"])
-        os.setuid(job["user"])
+    if job["unprivileged"]:  # no capabilities: root then needs permissions like anybody
+        version_3, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        assert ctypes.CDLL(None).capset(version_3, none) == 0
     from place import record
 
     record(folder, rank, job["output"], job["strike"])
