@@ -47,9 +47,8 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--rank", type=int, default=64)
     options.add_argument("--ranks", type=int, default=8, help="of the run, of which one is measured")
-    options.add_argument(
-        "--folder", type=Path, help="on the disk to be measured; the system's temporary one by default"
-    )
+    options.add_argument("--folder", type=Path, help="on the disk to be measured (default: the temporary files')")
+    options.add_argument("--quick", action="store_true", help="two blocks, once")
     args = options.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
