@@ -1,6 +1,6 @@
 """What the trainer may ask of an engine, and what an engine is given."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -88,8 +88,19 @@ class Engine(Protocol):
         """Clears the gradients of a whole step's micro-batches and changes nothing else."""
         ...
 
-    def shards(self) -> list[Shard]:
-        """What this rank keeps of every trained parameter: over the ranks, every element once."""
+    def shards(self, *, moments: bool = True) -> list[Shard]:
+        """What this rank keeps of every trained parameter: over the ranks, every element once.
+
+        Args:
+            moments: False leaves them out, for whoever looks at the parameters alone.
+        """
+        ...
+
+    def scale(self, factors: Mapping[str, float]) -> None:
+        """Multiplies whole trained parameters, named as in ``shards()``, by a number each; AdamW's moments stay.
+
+        The float32 master is multiplied, and the compute dtype's copy follows.
+        """
         ...
 
     def restore(self, shards: list[Shard], *, updates: int) -> None:
@@ -210,12 +221,14 @@ def whole_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> 
 
 
 @torch.no_grad()
-def optimizer_shards(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Shard]:
+def optimizer_shards(model: nn.Module, optimizer: torch.optim.Optimizer, *, moments: bool = True) -> list[Shard]:
     """``Engine.shards`` where parameters are whole, or DTensors sharded by rows."""
     found = []
     for name, parameter in trained_by_name(model).items():
-        state = whole_moments(optimizer, parameter)
-        values = {"value": parameter.detach(), **{key: state[key] for key in MOMENTS}}
+        values = {"value": parameter.detach()}
+        if moments:
+            state = whole_moments(optimizer, parameter)
+            values |= {key: state[key] for key in MOMENTS}
         start = 0
         if isinstance(parameter, DTensor):
             _, (row, *_) = compute_local_shape_and_global_offset(
@@ -236,3 +249,12 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, shards
             value.copy_(given.values[key])
     for parameter in trained_by_name(model).values():
         optimizer.state[parameter]["step"].fill_(updates)
+
+
+@torch.no_grad()
+def scale_parameters(model: nn.Module, factors: Mapping[str, float]) -> None:
+    """``Engine.scale`` for the same."""
+    for name, parameter in trained_by_name(model).items():
+        if name in factors:
+            kept = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            kept.mul_(factors[name])
