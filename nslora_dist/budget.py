@@ -157,16 +157,18 @@ def cut(start: int, count: int, width: int) -> tuple[slice, list[tuple[int, int,
         Which of the run's elements make whole rows, and of the one or two parts of rows besides: row, first column,
         and which of the run's elements.
     """
+    if not count:
+        return slice(0, 0), []
     stop = start + count
     first, last = -(-start // width), stop // width
     if first > last:  # within one row
         return slice(0, 0), [(last, start - last * width, slice(0, count))]
     parts = []
-    if first * width > start and count:
+    if first * width > start:
         parts.append((first - 1, start - (first - 1) * width, slice(0, first * width - start)))
-    if last * width < stop and count:
+    if last * width < stop:
         parts.append((last, 0, slice(last * width - start, count)))
-    return slice(first * width - start, last * width - start) if count else slice(0, 0), parts
+    return slice(first * width - start, last * width - start), parts
 
 
 def split_rows(

@@ -286,6 +286,8 @@ class Recipe(Section):
         if changes.adapter.get("method", self.adapter.method) != self.adapter.method:
             for key in METHODS_OWN:  # the *other* method's
                 del tree["adapter"][key]
+        if changes.adapter.get("interference_budget", 0.0) is None:  # nor does one without a budget take its rule over
+            tree["adapter"].pop("budget_over", None)
         tree["adapter"] |= changes.adapter
         tree["train"] |= changes.train
         try:
