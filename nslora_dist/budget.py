@@ -11,7 +11,7 @@ does whoever loads the adapter: its interference differs by a part in some hundr
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ from nslora_dist.errors import UserError
 from nslora_dist.recipe import AdapterSection, BudgetOver
 
 B = ".lora_B"
+BATCH = 2**23
+"""Elements of B that are taken to float64 at a time, 64 MiB: many modules at once, or a GPU would wait for launches."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class Budget:
             UserError: a module's outputs are all zero on the calibration texts, so that nothing can be said of it.
         """
         self.engine, self.limit, self.over, self.device = engine, limit, over, device
-        self.forms: dict[str, Tensor] = {}
+        self.modules: list[str] = []
+        forms = []
         for name, module in adapted_linears(engine.model).items():
             assert isinstance(module, AdaptedLinear) and module.a_is_frozen and not module.residual
             reference = module.references[MIXTURE]
@@ -83,7 +86,9 @@ class Budget:
                     f"adapter.interference_budget: {name} puts out nothing but zeros on the calibration texts, so "
                     "there is nothing to measure its update against; leave it out of adapter.target_modules"
                 )
-            self.forms[name] = module.update_grams[MIXTURE].double() * (module.scale**2 / reference)
+            self.modules.append(name)
+            forms.append(module.update_grams[MIXTURE].double() * (module.scale**2 / reference))
+        self.forms = torch.stack(forms).to(device)
         shards = self._shards()
         ranges = dist.gather([(shard.start, len(shard.values["value"])) for shard in shards])
         self.split = split_rows([shard.shape for shard in shards], ranges)
@@ -117,26 +122,34 @@ class Budget:
         """Module → interference of B as it is, exactly the same numbers on every rank."""
         shards = self._shards()
         sums = torch.zeros(len(shards), dtype=torch.float64, device=self.device)
-        edges = torch.zeros(len(self.split), max(shard.shape[1] for shard in shards), device=self.device)
-        for number, (shard, form) in enumerate(zip(shards, self.forms.values(), strict=True)):
-            value, rank = shard.values["value"], shard.shape[1]
-            rows, parts = cut(shard.start, len(value), rank)
-            sums[number] += energy(value[rows].view(-1, rank), form)
+        edges = torch.zeros(len(self.split), self.forms.shape[-1], device=self.device)
+        alike: dict[int, dict[int, Tensor]] = {}
+        for number, shard in enumerate(shards):
+            value = shard.values["value"]
+            rows, parts = cut(shard.start, len(value), shard.shape[1])
+            alike.setdefault(rows.stop - rows.start, {})[number] = value[rows]
             for row, column, part in parts:
                 edges[self.split[number, row], column : column + part.stop - part.start] = value[part]
+        for size, whole in alike.items():
+            for numbers in batched(whole, max(1, BATCH // max(size, 1))):
+                self._add(sums, numbers, torch.stack([whole[number] for number in numbers]))
         if self.split:
             dist.all_reduce(edges)  # one rank gives an element and the others zero: nothing is rounded
-            for (number, _), edge in self.split.items():
-                if edge % dist.world_size() == dist.rank():
-                    form = self.forms[module_of(shards[number])]
-                    sums[number] += energy(edges[edge : edge + 1, : len(form)], form)
+            mine = slice(dist.rank(), None, dist.world_size())  # each row on one rank, or it would count twice
+            self._add(sums, [number for number, _ in self.split][mine], edges[mine])
         found = dist.all_reduce(sums).clamp_min_(0).sqrt_().tolist()  # C in float32 is definite up to rounding alone
-        return dict(zip(self.forms, found, strict=True))
+        return dict(zip(self.modules, found, strict=True))
+
+    def _add(self, sums: Tensor, numbers: Sequence[int], rows: Tensor) -> None:
+        """Adds Σ b C bᵀ of modules ``numbers`` to ``sums``; ``rows`` (k, n · r) are each one's."""
+        wide = rows.to(self.device, torch.float64).view(len(numbers), -1, self.forms.shape[-1])
+        which = torch.tensor(numbers, device=self.device)
+        sums.index_add_(0, which, ((wide @ self.forms[which]) * wide).sum((1, 2)))
 
     def _shards(self) -> list[Shard]:
-        """Of every B, in the order of ``forms``."""
+        """Of every B, in the order of ``modules``."""
         found = {module_of(shard): shard for shard in self.engine.shards(moments=False) if shard.name.endswith(B)}
-        return [found[name] for name in self.forms]
+        return [found[name] for name in self.modules]
 
 
 def module_of(shard: Shard) -> str:
@@ -144,10 +157,11 @@ def module_of(shard: Shard) -> str:
     return shard.name.removesuffix(B)
 
 
-def energy(rows: Tensor, form: Tensor) -> Tensor:
-    """Σ b C bᵀ over (n, r) rows, () float64, C (r, r) float64."""
-    wide = rows.to(form.device, torch.float64)
-    return ((wide @ form) * wide).sum()
+def batched(numbers: Iterable[int], most: int) -> Iterator[list[int]]:
+    """``numbers`` in runs of ``most``."""
+    left = list(numbers)
+    for start in range(0, len(left), most):
+        yield left[start : start + most]
 
 
 def cut(start: int, count: int, width: int) -> tuple[slice, list[tuple[int, int, slice]]]:

@@ -254,7 +254,6 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, shards
 @torch.no_grad()
 def scale_parameters(model: nn.Module, factors: Mapping[str, float]) -> None:
     """``Engine.scale`` for the same."""
-    for name, parameter in trained_by_name(model).items():
-        if name in factors:
-            kept = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            kept.mul_(factors[name])
+    named = [(parameter, factors[name]) for name, parameter in trained_by_name(model).items() if name in factors]
+    kept = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter, _ in named]
+    torch._foreach_mul_(kept, [factor for _, factor in named])  # one launch for many small parameters
