@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
@@ -225,19 +227,24 @@ def optimizer_shards(model: nn.Module, optimizer: torch.optim.Optimizer, *, mome
     """``Engine.shards`` where parameters are whole, or DTensors sharded by rows."""
     found = []
     for name, parameter in trained_by_name(model).items():
-        values = {"value": parameter.detach()}
+        values: dict[str, Tensor] = {"value": parameter}
         if moments:
             state = whole_moments(optimizer, parameter)
             values |= {key: state[key] for key in MOMENTS}
         start = 0
         if isinstance(parameter, DTensor):
-            _, (row, *_) = compute_local_shape_and_global_offset(
-                parameter.shape, parameter.device_mesh, parameter.placements
-            )
-            start = row * parameter.shape[1:].numel()
+            start = _first_row(parameter.shape, parameter.device_mesh, parameter.placements) * parameter.shape[1]
             values = {key: value.to_local() for key, value in values.items()}  # type: ignore[attr-defined]
-        found.append(Shard(name, tuple(parameter.shape), start, {key: v.view(-1) for key, v in values.items()}))
+        flat = {key: value.detach().view(-1) for key, value in values.items()}
+        found.append(Shard(name, tuple(parameter.shape), start, flat))
     return found
+
+
+@lru_cache  # for few shapes, but asked for each of hundreds of parameters at every step
+def _first_row(shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> int:
+    """The first row that this rank keeps."""
+    _, (row, *_) = compute_local_shape_and_global_offset(shape, mesh, placements)
+    return row
 
 
 @torch.no_grad()
