@@ -142,6 +142,8 @@ class Budget:
 
     def _add(self, sums: Tensor, numbers: Sequence[int], rows: Tensor) -> None:
         """Adds Σ b C bᵀ of modules ``numbers`` to ``sums``; ``rows`` (k, n · r) are each one's."""
+        if not rows.numel():
+            return
         wide = rows.to(self.device, torch.float64).view(len(numbers), -1, self.forms.shape[-1])
         which = torch.tensor(numbers, device=self.device)
         sums.index_add_(0, which, ((wide @ self.forms[which]) * wide).sum((1, 2)))

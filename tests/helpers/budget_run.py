@@ -48,7 +48,7 @@ class Budgeted:
 
 
 def train_each(layout: str, world: Path, cases: dict[str, dict[str, Any]]) -> dict[str, Budgeted]:
-    """Every case once, with the null space that ``single-1`` left; ``from_X`` goes on from a checkpoint of case ``X``.
+    """Every case once, with a null space that ``single-1`` left; ``from_X`` goes on from a checkpoint of case ``X``.
 
     Args:
         layout: engine and ranks.
@@ -59,7 +59,8 @@ def train_each(layout: str, world: Path, cases: dict[str, dict[str, Any]]) -> di
 
 
 def _train(layout: str, world: Path, name: str, changes: dict[str, Any]) -> Budgeted:
-    folder, given = world / layout / name, world / "single-1" / name.removeprefix("from_")
+    folder = world / layout / name
+    given = world / "single-1" / ("bfloat16" if name == "bfloat16" else "none")
     with dist.together("preparing"):
         if dist.is_main():
             zero_config(world)

@@ -21,7 +21,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16": {"adapter": {"interference_budget": MODULE}, "base_model": {"dtype": "bfloat16"}},
 }
 RUN = {
-    "single-1": ("none", "loose", "module", "from_module", "total"),
+    "single-1": ("none", "loose", "module", "from_module", "total", "bfloat16"),
     "fsdp2-2": ("none", "loose", "module", "from_module", "total", "bfloat16"),
     "zero3-2": ("none", "loose", "module", "from_module", "total", "bfloat16"),
     "zero3-3": ("none", "module", "total"),
