@@ -62,9 +62,12 @@ def evaluation_table(evaluation: Mapping[str, Mapping[str, Any]]) -> tuple[list[
 
 
 def interference_tables(interference: Mapping[str, Any]) -> list[str]:
-    """Markdown tables of ‖ΔW X‖ / ‖W X‖: over all sources, by source, by probe; those that were measured."""
+    """Markdown tables of ‖ΔW X‖ / ‖W X‖: over all sources, by source, by probe; those that were measured.
+
+    In front of them the budget that training kept to, where there was one.
+    """
     head = ["largest module", "mean over modules"]
-    tables = []
+    tables = [budget_sentence(budget)] if (budget := interference.get("budget")) else []
     if interference.get("max") is not None:
         overall = ["calibration mixture", number(interference["max"]), number(interference.get("mean"))]
         tables.append(markdown_table(["", *head], [overall]))
@@ -73,6 +76,18 @@ def interference_tables(interference: Mapping[str, Any]) -> list[str]:
             rows = [[name, number(value.get("max")), number(value.get("mean"))] for name, value in by_name.items()]
             tables.append(markdown_table([kind, *head], rows))
     return tables
+
+
+def budget_sentence(budget: Mapping[str, Any]) -> str:
+    """What training kept to, and what it came to: ``limit``, ``over`` and ``final`` as ``Budget.facts`` has them."""
+    over, spent = {
+        "module": ("every module", "the largest module's is"),
+        "total": ("the root mean square over modules", "that is"),
+    }[budget["over"]]
+    return (
+        f"Training kept every step within a budget of {budget['limit']:g} for {over}, on the calibration mixture; at "
+        f"the end {spent} {number(budget.get('final'))} (of B in float32, before any rounding to 16 bits)."
+    )
 
 
 def weight_null_table(facts: Mapping[str, Any]) -> list[str]:

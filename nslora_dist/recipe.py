@@ -17,6 +17,8 @@ from nslora_dist.zero_file import read_zero_config
 
 LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ARM_NAMES = {"lora_null": "null_space", "lora": "lora", "null_lora": "null_lora"}
+METHODS_OWN = ("form", "freeze_a", "a_init", "null_dim", "null_threshold", "interference_budget", "budget_over")
+"""Of ``adapter``, what is one method's own: a baseline of another method does not take it over."""
 NULL_DIM = 256
 """Most null directions of a weight kept a side: four times a rank of 64, of the 20,480 that a 70B down_proj has."""
 NULL_THRESHOLD = 0.1
@@ -25,6 +27,8 @@ NULL_THRESHOLD = 0.1
 The short side of a trained rectangular matrix is well-conditioned: in ``recipes/tiny/base`` no more than 0 to 5
 directions of gate, up, down, k and v have σ ≤ 0.05 σ_max, and 8 to 80 have σ ≤ 0.1 σ_max.
 """
+
+BudgetOver = Literal["module", "total"]
 
 VOLATILE = (
     *("engine", "checkpoint", "resume", "output_dir", "base_model.config"),
@@ -100,6 +104,10 @@ class AdapterSection(Section):
     in ``residual`` form it is LoRA-Null v1 (``freeze_a: false``) or v2 (``freeze_a: true``) of the paper;
     ``lora`` is plain LoRA, with ``freeze_a: true`` the frozen-random-A baseline;
     ``null_lora`` freezes one half of A and of B and keeps ΔW in the null space of the weights (METHODS.md §2).
+
+    ``interference_budget`` is the most that ‖ΔW X‖ / ‖W X‖ (METHODS.md §1c) may come to on the mixture of all
+    calibration sources, after every optimizer step: B is scaled back to it. With ``budget_over: module`` every module
+    keeps within it; with ``total`` the root mean square over modules does, and all B are scaled by one factor.
     """
 
     method: Literal["lora_null", "lora", "null_lora"] = "lora_null"
@@ -111,6 +119,8 @@ class AdapterSection(Section):
     a_init: Literal["projected", "orthonormal"] = "projected"
     null_dim: Count = NULL_DIM
     null_threshold: Annotated[float, Field(ge=1e-6, lt=1.0)] = NULL_THRESHOLD
+    interference_budget: Annotated[float, Field(ge=1e-6)] | None = None
+    budget_over: BudgetOver = "module"
 
     @property
     def scale(self) -> float:
@@ -132,6 +142,19 @@ class AdapterSection(Section):
             )
         if self.form == "residual" and self.a_init == "orthonormal":
             raise ValueError("form 'residual' starts from B0 A0 = W U Uᵀ and needs a_init: projected")
+        return self
+
+    @model_validator(mode="after")
+    def _budget(self) -> "AdapterSection":
+        if self.interference_budget is None:
+            if self.budget_over != "module":
+                raise ValueError("budget_over says what interference_budget is over: set that too, or leave both out")
+        elif self.method != "lora_null" or self.form != "delta":
+            here = f"form '{self.form}'" if self.method == "lora_null" else f"method '{self.method}'"
+            raise ValueError(
+                "interference_budget needs an A that stays as it was calibrated and a B that starts from zero, and "
+                f"{here} has not: set method: lora_null and form: delta, or interference_budget: null"
+            )
         return self
 
     @model_validator(mode="after")
@@ -261,8 +284,10 @@ class Recipe(Section):
         changes = self.evaluation.baselines[baseline]
         tree = self.model_dump(exclude={"evaluation": {"baselines"}})
         if changes.adapter.get("method", self.adapter.method) != self.adapter.method:
-            for key in ("form", "freeze_a", "a_init", "null_dim", "null_threshold"):  # the *other* method's own
+            for key in METHODS_OWN:  # the *other* method's
                 del tree["adapter"][key]
+        if changes.adapter.get("interference_budget", 0.0) is None:  # nor does one without a budget take its rule over
+            tree["adapter"].pop("budget_over", None)
         tree["adapter"] |= changes.adapter
         tree["train"] |= changes.train
         try:

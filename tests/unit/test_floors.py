@@ -14,7 +14,8 @@ FLOORS = (
     "peers guard quiet eigensolver null_space weight_null linear nf4 frozen "
     "adapter adapter_set null_lora artifacts manifests provenance merge_recipe",
     "bad_rows json_rows column_rows rows heads batches data calibration_data base_files base_config base_model "
-    "base_weights input_groups attach calibration supervised card export engines run_folder update_grams merging",
+    "base_weights budget input_groups attach calibration supervised card export engines run_folder update_grams "
+    "merging",
     "live_calibration peft_start checkpoint checkpoint_files arm_job arm_stage arms export_arm evaluate trainer report "
     "plots dry_run plan tiny_world tiny_tasks pretrain merge_report",
     "pipeline command merge evaluate_adapter",
