@@ -108,7 +108,7 @@ def test_calibrate_alone_then_torchrun_fsdp2_reuses_it(
     folder = world.folder / "fsdp2"
     ended = launch(sys.executable, "launch/calibrate.py", f"output_dir={folder}")
     assert ended.status == 0, ended.errors
-    assert sorted(path.name for path in folder.iterdir()) == ["null_space", "recipe.yaml"]
+    assert sorted(path.name for path in folder.iterdir()) == ["logs", "null_space", "recipe.yaml"]
     check_null_space(folder)
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (folder / "null_space").iterdir()}
 
