@@ -36,7 +36,7 @@ def load_tasks(section: LmEvalSection, *, most: Callable[[], int]) -> Mapping[st
     except ImportError as error:
         raise UserError(
             f"evaluation.lm_eval: lm-eval cannot be imported ({error}); pip install 'nslora_dist[lm-eval]', "
-            "or pip install lm-eval, or leave evaluation.lm_eval out"
+            "or go without it: evaluation.lm_eval=null"
         ) from error
     # lm-eval warns of every model that it did not load itself, and of its own duplicate names.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -71,23 +71,27 @@ def _known(name: str, index: Mapping[str, Any], folder: str | None) -> None:
     )
 
 
-def _leaves(name: str, index: Mapping[str, Any], seen: set[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The tasks of a task, group or tag, as their files say, without loading them."""
-    entry = index.get(name)
-    if entry is None or name in seen:
+def _leaves(what: Any, index: Mapping[str, Any], seen: set[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The tasks of a task, group or tag, by name or spelled out, as their files say; nothing of them is loaded."""
+    if isinstance(what, Mapping):
+        members = what.get("task")
+        if isinstance(members, list):
+            for member in members:
+                yield from _leaves(member, index, seen)
+            return
+        yield str(members), what
+        what = members  # a task in a group may be another's, with changes
+    if not isinstance(what, str) or what in seen or what not in index:
         return
-    seen.add(name)
-    config = entry.cfg or {}
-    members = config.get("task") if "group" in config else None
-    if members is None and entry.cfg is not None:
-        yield name, config
-        return
-    for member in sorted(entry.tags) if members is None else members:
-        if isinstance(member, Mapping):
-            yield str(member.get("task")), member
-            member = member.get("task")
-        if isinstance(member, str):
+    seen.add(what)
+    entry = index[what]
+    if entry.cfg is None:  # a tag
+        for member in sorted(entry.tags):
             yield from _leaves(member, index, seen)
+    elif "group" in entry.cfg:
+        yield from _leaves(entry.cfg, index, seen)
+    else:
+        yield what, entry.cfg
 
 
 def _harmless(name: str, index: Mapping[str, Any]) -> None:

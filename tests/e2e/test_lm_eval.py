@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,6 @@ from helpers.launching import TIMEOUT, environment
 from helpers.ranks import run_ranks
 from helpers.world import make_base, make_recipe, make_texts, words, write_rows, zero_config
 from nslora_dist import dist
-from nslora_dist.errors import UserError
 from nslora_dist.evaluate_adapter import run_evaluation
 from nslora_dist.pipeline import run_training
 from nslora_dist.recipe import Recipe
@@ -33,11 +33,11 @@ import zlib
 
 def process_results(doc, results):
     return {"crc": zlib.crc32(results[0].encode()) % 9973, "words": len(results[0].split())}
+
+
+def broken(doc, results):
+    raise RuntimeError("no figure comes of this")
 '''
-
-
-class Plain(yaml.SafeDumper):
-    """lm-eval finds a task's code by a tag, which YAML's own dumper would put into quotes."""
 
 
 def write_tasks(folder: Path) -> None:
@@ -71,6 +71,12 @@ def write_tasks(folder: Path) -> None:
             "generation_kwargs": {"until": ["w7", "w9 "], "max_gen_toks": 20},
             "metric_list": [{"metric": "crc", **mean}, {"metric": "words", **mean}],
         },
+        "toy_broken": {
+            "output_type": "loglikelihood",
+            "doc_to_target": "{{response}}",
+            "process_results": "!function answers.broken",
+            "metric_list": [{"metric": "acc", **mean}],
+        },
         "toy_choice": {
             "output_type": "multiple_choice",
             "doc_to_choice": ["w1", "w2 w3", "w4"],
@@ -96,7 +102,8 @@ def write_tasks(folder: Path) -> None:
     }
     for name, task in tasks.items():
         text = yaml.safe_dump({"task": name} | common | task)
-        (folder / f"{name}.yaml").write_text(text.replace("'!function answers.process_results'", "!function answers.process_results"))
+        text = re.sub("'(!function [a-z_.]+)'", r"\1", text)  # a tag, which the dumper takes for text
+        (folder / f"{name}.yaml").write_text(text)
     group = {"group": "toy_group", "task": ["toy_greedy"], "aggregate_metric_list": [{"metric": "acc"}]}
     (folder / "group.yaml").write_text(yaml.safe_dump(group))
 
@@ -130,6 +137,19 @@ def evaluated(folder: Path, engine: str, **base_model: Any) -> dict[str, Any]:
     return found
 
 
+def broken(folder: Path) -> str:
+    """What a rank hears of a task whose own code fails on rank 0, and that the ranks are still in step."""
+    changes = {"tasks": ("toy_broken",), "include_path": str(folder / "tasks")}
+    recipe = job(folder, "fsdp2", "unused", evaluation={"lm_eval": changes})
+    target = str(folder / "broken.json")
+    try:
+        run_evaluation(recipe, CPU, adapter=[f"mine={folder / 'run/adapter'}"], output=target)
+    except Exception as error:
+        assert dist.gather(dist.rank()) == [0, 1]
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lm_eval")
@@ -145,12 +165,13 @@ def report(world: Path) -> dict[str, Any]:
     return found
 
 
-def flat(found: dict[str, Any]) -> dict[str, float | None]:
+def flat(found: dict[str, Any]) -> dict[str, float]:
     return {
         f"{task} {metric} {kind}": value[kind]
         for task, entry in found.items()
         for metric, value in entry["metrics"].items()
         for kind in ("value", "stderr")
+        if value[kind] is not None
     }
 
 
@@ -160,7 +181,9 @@ def test_the_report_has_base_and_adapter_before_and_after(world: Path, report: d
     assert flat(base).keys() == flat(own).keys()
     told = [key for key in flat(base) if key.endswith("value") and flat(base)[key] != flat(own)[key]]
     assert len(told) >= 5, f"the adapter changes nothing: {told}"
-    assert own["toy_choice"]["samples"] == 11 and own["toy_choice"]["shots"] == 1 and own["toy_answer"]["version"] == 2.0
+    assert (
+        own["toy_choice"]["samples"] == 11 and own["toy_choice"]["shots"] == 1 and own["toy_answer"]["version"] == 2.0
+    )
     assert own["toy_choice"]["metrics"]["acc"]["stderr"] > 0
     for page in ("report.md", "adapter/README.md"):
         text = (world / "run" / page).read_text()
@@ -174,6 +197,12 @@ def test_every_engine_gives_the_same(world: Path, report: dict[str, Any], engine
     for theirs, ours in (("base", "base"), ("null_space", "mine")):
         wanted, found = flat(report["evaluation"][theirs]["lm_eval"]), flat(first[ours]["lm_eval"])
         assert found == pytest.approx(wanted, rel=1e-4), (engine, ours)
+
+
+def test_a_task_that_fails_ends_every_rank(world: Path) -> None:
+    first, second = run_ranks(broken, 2, world)
+    assert first == "RuntimeError: no figure comes of this"
+    assert second == "Fault: lm-eval: rank 0 failed: no figure comes of this"
 
 
 def test_lm_eval_s_own_command_gives_the_same_on_the_exported_adapter(world: Path, report: dict[str, Any]) -> None:
@@ -195,12 +224,3 @@ def test_lm_eval_s_own_command_gives_the_same_on_the_exported_adapter(world: Pat
             assert value["value"] == pytest.approx(theirs[task][f"{metric},none"], rel=1e-4), (task, metric)
             error = theirs[task][f"{metric}_stderr,none"]
             assert value["stderr"] == (None if error == "N/A" else pytest.approx(error, rel=1e-4)), (task, metric)
-
-
-def said_by(folder: Path, changes: dict[str, Any]) -> str:
-    whole = job(folder, "single", "none").model_dump()["evaluation"]
-    try:
-        run_training(job(folder, "single", "none", evaluation={"lm_eval": whole["lm_eval"] | changes}), CPU)
-    except UserError as error:
-        return str(error)
-    return "nothing"
