@@ -119,9 +119,8 @@ def test_what_the_base_s_kept_figures_belong_to(base: Path, tasks: Path) -> None
     first = loaded(base, **common).hash
     assert loaded(base, **common, batch_size=3).hash == first
     others = [loaded(base, **common, **more).hash for more in ({"limit": 2}, {"num_fewshot": 1})]
-    (tasks / "toy_plain.yaml").write_text(
-        (tasks / "toy_plain.yaml").read_text().replace("max_gen_toks: 8", "max_gen_toks: 9")
-    )
+    file = tasks / "toy_plain.yaml"
+    file.write_text(file.read_text().replace("max_gen_toks: 8", "max_gen_toks: 9"))
     assert len({first, *others, loaded(base, **common).hash}) == 4
 
 
