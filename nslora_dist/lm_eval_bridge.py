@@ -22,9 +22,12 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from nslora_dist import artifacts, dist
 from nslora_dist.engines import Engine
 from nslora_dist.errors import UserError
-from nslora_dist.lm_eval_tasks import SEED, load_tasks
+from nslora_dist.lm_eval_tasks import load_tasks
 from nslora_dist.recipe_lm_eval import LmEvalSection
 from nslora_dist.scoring import continuations, log_likelihoods
+
+SEED = 1234
+"""lm-eval's own default, for few-shot examples."""
 
 
 class LmEval:
@@ -88,6 +91,8 @@ class LmEval:
     def _evaluate(self, model: "_Model") -> dict[str, Any]:
         from lm_eval.evaluator import evaluate
 
+        for task in self.tasks["tasks"].values():
+            task.set_fewshot_seed(seed=SEED)  # each time anew: base and arms are asked with the same examples
         with _own_randomness(), _environment(self.section):
             found = evaluate(
                 model.as_lm(),

@@ -10,8 +10,6 @@ from typing import Any
 from nslora_dist.errors import UserError
 from nslora_dist.recipe_lm_eval import LmEvalSection
 
-SEED = 1234
-"""lm-eval's own default, for few-shot examples."""
 KINDS = ("loglikelihood", "multiple_choice", "loglikelihood_rolling", "generate_until")
 GREEDY = {
     *("until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"),
@@ -168,4 +166,3 @@ def _few_shots(task: Any, section: LmEvalSection) -> None:
         task.set_config(key="num_fewshot", value=section.num_fewshot)
     elif own is None:
         task.set_config(key="num_fewshot", value=0)
-    task.set_fewshot_seed(seed=SEED)

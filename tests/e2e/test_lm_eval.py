@@ -182,9 +182,7 @@ def test_the_report_has_base_and_adapter_before_and_after(world: Path, report: d
     assert flat(base).keys() == flat(own).keys()
     told = [key for key in flat(base) if key.endswith("value") and flat(base)[key] != flat(own)[key]]
     assert len(told) >= 5, f"the adapter changes nothing: {told}"
-    assert (
-        own["toy_choice"]["samples"] == 11 and own["toy_choice"]["shots"] == 1 and own["toy_answer"]["version"] == 2.0
-    )
+    assert (own["toy_choice"]["samples"], own["toy_choice"]["shots"], own["toy_answer"]["version"]) == (7, 1, 2.0)
     assert own["toy_choice"]["metrics"]["acc"]["stderr"] > 0
     for page in ("report.md", "adapter/README.md"):
         text = (world / "run" / page).read_text()
