@@ -128,9 +128,12 @@ def train(folder: Path) -> None:
     run_training(job(folder, "single", "run"), CPU)
 
 
-def evaluated(folder: Path, engine: str, **base_model: Any) -> dict[str, Any]:
-    target = folder / f"{engine}{len(base_model)}.json"
-    recipe = job(folder, engine, "unused", **({"base_model": base_model} if base_model else {}))
+def evaluated(folder: Path, engine: str) -> dict[str, Any]:
+    target = folder / f"{engine}.json"
+    recipe = job(folder, engine, "unused")
+    if engine == "zero3":  # its many small collectives are slow on a CPU: the adapter alone
+        section = recipe.evaluation.model_dump()["lm_eval"] | {"before": False}
+        recipe = job(folder, engine, "unused", evaluation={"lm_eval": section})
     run_evaluation(recipe, CPU, adapter=[f"mine={folder / 'run/adapter'}"], output=str(target))
     dist.barrier()
     found: dict[str, Any] = json.loads(target.read_text())["evaluation"]
@@ -195,7 +198,8 @@ def test_the_report_has_base_and_adapter_before_and_after(world: Path, report: d
 def test_every_engine_gives_the_same(world: Path, report: dict[str, Any], engine: str) -> None:
     first, *others = run_ranks(evaluated, 1 if engine == "single" else 2, world, engine)
     assert all(other == first for other in others)
-    for theirs, ours in (("base", "base"), ("null_space", "mine")):
+    assert ("lm_eval" in first["base"]) == (engine != "zero3"), "before: false leaves the base out"
+    for theirs, ours in [("null_space", "mine"), *([("base", "base")] if "lm_eval" in first["base"] else [])]:
         wanted, found = flat(report["evaluation"][theirs]["lm_eval"]), flat(first[ours]["lm_eval"])
         assert found == pytest.approx(wanted, rel=1e-4), (engine, ours)
 
