@@ -110,7 +110,7 @@ def _train(arm: Arm, bench: Bench, report: dict[str, Any], hashes: dict[str, Any
     if base is None:
         # Every adapter starts as the base's own function, so the first arm's engine stands for the base.
         with clock.phase("evaluation", "the base"):
-            base = evaluate(engine, bench.sets, device=device)
+            base = evaluate(engine, bench.sets.before_training(), device=device)
             kept.write(base)
     budget = Budget.of(engine, arm.recipe.adapter, device=device)
     tensorboard = bench.folder / "tensorboard" / arm.name

@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from nslora_dist.explain import explain
+from nslora_dist.recipe_lm_eval import LmEvalSection
 from nslora_dist.recipe_train import CheckpointSection, EngineSection, TrainSection
 from nslora_dist.recipe_types import Count, Fraction, Name, Names, Positive, Section, Seed, Where
 from nslora_dist.redact import redact_all
@@ -33,6 +34,7 @@ BudgetOver = Literal["module", "total"]
 VOLATILE = (
     *("engine", "checkpoint", "resume", "output_dir", "base_model.config"),
     *("calibration.batch_size", "calibration.hidden_states", "evaluation.batch_size"),
+    "evaluation.lm_eval.batch_size",
     *("train.micro_batch_size", "train.activation_checkpointing", "train.compile", "train.log_every"),
 )
 """What may change while a run goes on: how it is computed and where, not what; results differ by rounding at most."""
@@ -213,12 +215,13 @@ class Baseline(Section):
 
 
 class EvaluationSection(Section):
-    """What is measured on the base and on every arm: greedy exact match on prompts with known responses."""
+    """What is measured on the base and on every arm: greedy exact match on prompts with known responses; lm-eval."""
 
     adaptation: PromptSet | None = None
     retention: dict[str, PromptSet] = {}
     batch_size: Count = 8
     max_length: Count = 8192  # longer questions, answer included, are left out
+    lm_eval: LmEvalSection | None = None
     baselines: dict[Name, Baseline] = {}
 
 
@@ -306,14 +309,18 @@ class Recipe(Section):
 
 def without_volatile(tree: dict[str, Any]) -> dict[str, Any]:
     """A recipe's tree without ``VOLATILE``; the tree itself stays as it is."""
-    kept = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
-    for name in VOLATILE:
-        section, _, key = name.partition(".")
-        if not key:
-            kept.pop(section, None)
-        elif isinstance(kept.get(section), dict):
-            kept[section].pop(key, None)
-    return kept
+    return _without(tree, [tuple(name.split(".")) for name in VOLATILE])
+
+
+def _without(tree: dict[str, Any], paths: list[tuple[str, ...]]) -> dict[str, Any]:
+    gone = {path[0] for path in paths if len(path) == 1}
+    return {
+        key: _without(value, [path[1:] for path in paths if path[0] == key and len(path) > 1])
+        if isinstance(value, dict)
+        else value
+        for key, value in tree.items()
+        if key not in gone
+    }
 
 
 def check_zero_config(recipe: Recipe) -> dict[str, Any]:
