@@ -18,7 +18,7 @@ from helpers.launching import ROOT, environment, free_port
 Who = Literal["launcher"] | int
 """The launcher, or a rank."""
 
-HANG = 180.0
+HANG = 300.0
 """Seconds after which processes count as hanging, on a machine however loaded."""
 
 

@@ -322,17 +322,26 @@ def all_cases() -> list[Case]:
     return cases
 
 
+def phase_of(place: str) -> str:
+    """Which of ``PHASES`` a kill really struck."""
+    if "checkpoints/" in place:
+        return "checkpoint"
+    found = (name for name, pattern in PHASES.items() if re.search(pattern, place))
+    return next(found, "between two phases")
+
+
 def summary(outcomes: list[Outcome]) -> str:
     """The figures as a Markdown table: kills by phase and engine, and what came of them."""
     counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     longest: dict[str, float] = defaultdict(float)
     for outcome in outcomes:
-        for number, kill in enumerate(outcome.kills):
-            phase = outcome.case.phase if number == 0 else "a resumed run, anywhere"
+        for kill in outcome.kills:
+            phase = phase_of(kill.place)
             counts[phase][outcome.case.engine] += 1
             longest[phase] = max(longest[phase], kill.seconds)
     lines = ["| killed during | zero3 | fsdp2 | the others' longest time to end |", "|---|---|---|---|"]
-    for phase, by_engine in counts.items():
+    for phase in [*(name for name in PHASES if name in counts), *(name for name in counts if name not in PHASES)]:
+        by_engine = counts[phase]
         lines.append(f"| {phase} | {by_engine['zero3']} | {by_engine['fsdp2']} | {longest[phase]:.1f} s |")
     kills = sum(len(outcome.kills) for outcome in outcomes)
     same = sum(not outcome.different for outcome in outcomes)
