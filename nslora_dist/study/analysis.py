@@ -10,6 +10,7 @@ from nslora_dist.study.measure import AGGREGATES
 from nslora_dist.study.spec import PIECES
 from nslora_dist.study.statistics import (
     Array,
+    Interval,
     area_under_frontier,
     over_pairs,
     over_seeds,
@@ -105,7 +106,7 @@ def shaped(line: Line) -> bool:
     return line["method"] in ("lora_null", "corda")
 
 
-def _points(lines: Sequence[Line]) -> list[dict[str, float | int | str]]:
+def _points(lines: Sequence[Line]) -> list[dict[str, float]]:
     """Means over seeds, one a learning rate of a variant and calibration."""
     found = []
     for own in grouped(lines, lambda line: (variant(line), line["calibration"], line["learning_rate"])).values():
@@ -135,6 +136,9 @@ def _variant(lines: Sequence[Line], *, best: float, draws: int) -> dict[str, Any
     def area(mean: Array) -> float:
         return area_under_frontier([start, *mean[0]], [1.0, *mean[1]])  # not to train at all is a setting, too
 
+    def kept_at(target: float) -> Interval:
+        return over_seeds(values, lambda mean: retention_at(mean[0], mean[1], target=target), draws=draws)
+
     figures: dict[str, Any] = {
         "points": points,
         "seeds": len(values),
@@ -143,14 +147,10 @@ def _variant(lines: Sequence[Line], *, best: float, draws: int) -> dict[str, Any
         "rank": lines[0]["rank"],
         "trained_parameters": lines[0]["trained_parameters"],
         "seconds": float(np.mean([line["seconds"] for line in lines])),
+        "processor_seconds": float(np.mean([line["processor_seconds"] for line in lines])),
         "best_adaptation": max(float(point["adaptation"]) for point in points),
         "area": asdict(over_seeds(values, area, draws=draws)),
-        "retention_at": {
-            f"{share:g}": asdict(
-                over_seeds(values, lambda mean, t=share * best: retention_at(mean[0], mean[1], target=t), draws=draws)
-            )
-            for share in SHARES
-        },
+        "retention_at": {f"{share:g}": asdict(kept_at(share * best)) for share in SHARES},
         "band": safe_band(
             sorted({float(line["learning_rate"]) for line in lines if line["seed"] in _seeds(lines)}),
             *values.mean(0),
@@ -214,26 +214,20 @@ def _aggregate(lines: Sequence[Line], name: str, *, draws: int) -> dict[str, Any
     y = [forgetting(line) for line in lines]
     where = [f"{line['size']}/{line['task']}/{line['arm']}/{line['weight_decay']}" for line in lines]
     within = {}
-    for arm, own in grouped(zip(lines, x, y, strict=True), lambda triple: triple[0]["arm"]).items():  # type: ignore[arg-type]
-        within[arm] = spearman(np.array([t[1] for t in own]), np.array([t[2] for t in own]))  # type: ignore[index]
+    for arm in dict.fromkeys(line["arm"] for line in lines):
+        own = [place for place, line in enumerate(lines) if line["arm"] == arm]
+        within[arm] = spearman(np.array(x)[own], np.array(y)[own])
     known = [value for value in within.values() if value is not None]
+
+    def safe(allowed: float) -> Interval:
+        return over_pairs(x, y, lambda a, b: safe_below(a, b, lost=LOST, allowed=allowed), draws=draws, clusters=where)
+
     return {
         # Cells of one variant are alike: whole variants are drawn, or the interval would be too narrow.
         "across": asdict(over_pairs(x, y, spearman, draws=draws, clusters=where)),
         "within": within,
         "within_mean": float(np.mean(known)) if known else None,
-        "safe_below": {
-            f"{allowed:g}": asdict(
-                over_pairs(
-                    x,
-                    y,
-                    lambda a, b, q=allowed: safe_below(a, b, lost=LOST, allowed=q),
-                    draws=draws,
-                    clusters=where,
-                )
-            )
-            for allowed in ALLOWED
-        },
+        "safe_below": {f"{allowed:g}": asdict(safe(allowed)) for allowed in ALLOWED},
     }
 
 

@@ -67,7 +67,8 @@ def _make(study: Study, size: Size, folder: Path, *, device: torch.device) -> di
     knowledge = make_knowledge(size, study.task_rows)
     tokenizer = make_tokenizer(knowledge.world)
     shape = size.shape.model_dump()
-    model = build_model(tokenizer, **shape, seed=size.seed).to(device)
+    model: Any = build_model(tokenizer, **shape, seed=size.seed)
+    model.to(device)
     own = size.pretraining
     settings = PretrainSettings(
         steps=own.steps,

@@ -156,7 +156,7 @@ class Bench:
                 for text in calibration_texts(self.recipe(cell).calibration, self.tokenizer)
             ]
 
-        return self._once(("texts", cell.calibration), read)  # type: ignore[no-any-return]
+        return self._once(("texts", cell.calibration), read)
 
     def data(self, cell: Cell) -> TrainingData:
         """The task's rows, in the order of the cell's seed."""
@@ -170,7 +170,7 @@ class Bench:
 
     def sets(self, cell: Cell) -> EvaluationSets:
         """The questions of the task and of every piece of knowledge."""
-        return self._once(  # type: ignore[no-any-return]
+        return self._once(
             ("asked", cell.task), lambda: EvaluationSets.load(self.recipe(cell).evaluation, self.tokenizer)
         )
 
@@ -182,7 +182,7 @@ class Bench:
             job = make_job(recipe, self.config, self.checkpoint, self.groups(recipe.adapter), None, device=self.device)
             return evaluate(start_engine(job, recipe), self.sets(cell), device=self.device)
 
-        return self._once(("base", cell.task), score)  # type: ignore[no-any-return]
+        return self._once(("base", cell.task), score)
 
     def job(self, cell: Cell) -> Job:
         """The cell's model and how it is filled."""
@@ -209,7 +209,7 @@ class Bench:
                 device=self.device,
             ).run(self.texts(cell))
 
-        return self._once(("null space", cell.calibration, recipe.adapter), calibrate)  # type: ignore[no-any-return]
+        return self._once(("null space", cell.calibration, recipe.adapter), calibrate)
 
     def _weight_null_space(self, recipe: Recipe) -> WeightNullSpace:
         def decompose() -> WeightNullSpace:
@@ -223,7 +223,7 @@ class Bench:
             )
 
         wanted = (recipe.adapter.null_dim, recipe.adapter.null_threshold, recipe.adapter.target_modules)
-        return self._once(("weights", wanted), decompose)  # type: ignore[no-any-return]
+        return self._once(("weights", wanted), decompose)
 
     def _peer(self, cell: Cell, arm: StudyArm) -> dict[str, PeerStart]:
         def start() -> dict[str, PeerStart]:
@@ -244,4 +244,4 @@ class Bench:
             return peer_starts(made)
 
         depends = {"pissa": (), "corda": (cell.calibration,), "eva": (cell.task, cell.seed)}[str(arm.peer)]
-        return self._once((arm.peer, arm.rank, depends), start)  # type: ignore[no-any-return]
+        return self._once((arm.peer, arm.rank, depends), start)

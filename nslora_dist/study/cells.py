@@ -86,8 +86,8 @@ def _all(study: Study) -> Iterator[tuple[str, Cell]]:
                     arm = study.arms[arm_name]
                     for calibration in grid.calibrations if arm.calibrated else grid.calibrations[:1]:
                         for seed in grid.seeds:
-                            for decay in arm.weight_decays:
-                                for rate in arm.learning_rates:
+                            for decay in grid.weight_decays or arm.weight_decays:
+                                for rate in grid.learning_rates or arm.learning_rates:
                                     key = cell_key(
                                         study,
                                         study.sizes[size],

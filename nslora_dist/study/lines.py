@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from nslora_dist.study.cells import Cell
+
 FILE = "cells.jsonl"
 
 
@@ -57,7 +59,10 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     return list(found.values()), torn
 
 
-def of_cells(lines: Iterable[dict[str, Any]], ids: Iterable[str]) -> list[dict[str, Any]]:
-    """The lines that belong to a study as it is now: its file may hold more, of earlier settings."""
-    wanted = set(ids)
-    return [line for line in lines if line["id"] in wanted]
+def of_cells(lines: Iterable[dict[str, Any]], cells: Iterable[Cell]) -> list[dict[str, Any]]:
+    """The lines of a study as it is now, under its names of today: the file may hold more, of earlier settings."""
+    wanted = {cell.id: cell for cell in cells}
+    names = ("size", "task", "calibration", "arm")
+    return [
+        line | {name: getattr(wanted[line["id"]], name) for name in names} for line in lines if line["id"] in wanted
+    ]

@@ -83,7 +83,7 @@ def _summary(study: Study, cells: Sequence[Cell]) -> None:
 
     folder = Path(study.output_dir)
     lines, torn = read_lines(folder / FILE)
-    own = of_cells(lines, [cell.id for cell in cells])
+    own = of_cells(lines, cells)
     if torn:
         _say(f"{folder / FILE}: {torn} lines could not be read and are passed over")
     if not own:

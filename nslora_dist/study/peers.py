@@ -59,21 +59,23 @@ def peft_model(
         batches: of the new task, for EVA.
         device: where it is made.
     """
-    model: Any = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True).to(device)
-    start: Any = {"pissa": "pissa", "corda": "corda", "eva": "eva"}[peer]
+    model: Any = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
+    model.to(device)
+    own: dict[str, Any] = {
+        "pissa": {},
+        "corda": {"corda_config": CordaConfig(corda_method="kpm")},
+        "eva": {"eva_config": EvaConfig()},
+    }[peer]
     config = LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=list(LINEAR_TARGETS), init_lora_weights=start, lora_dropout=0.0
+        r=rank, lora_alpha=rank, target_modules=list(LINEAR_TARGETS), init_lora_weights=peer, lora_dropout=0.0, **own
     )
     if peer == "corda":
-        config.corda_config = CordaConfig(corda_method="kpm")
 
         def read_all() -> None:
             for ids in sequences:  # one at a time: PEFT's hook takes a sequence, and knows no padding
                 model(input_ids=ids[None].to(device))
 
         preprocess_corda(model, config, run_model=read_all)
-    if peer == "eva":
-        config.eva_config = EvaConfig()
     made: Any = get_peft_model(model, config)
     if peer == "eva":
         fed = [

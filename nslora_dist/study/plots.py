@@ -1,6 +1,7 @@
 """The study's plots: frontiers with bands, both scores over the learning rate, forgetting against interference."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +33,12 @@ def draw_study(folder: Path, lines: Sequence[Line]) -> list[Path]:
             title = f"{size}, {task}, calibrated on {calibration}"
             name = f"{size}_{task}_{calibration}"
             for kind, draw in (("frontier", _frontiers), ("rates", _rates)):
-                path = folder / f"{kind}_{name}.png"
-                _save(path, lambda figure, d=draw, c=chosen, t=title: d(figure, c, looks, t), width=11.0)
-                drawn.append(path)
+                drawn.append(folder / f"{kind}_{name}.png")
+                _save(drawn[-1], partial(draw, lines=chosen, looks=looks, title=title), width=11.0)
     path = folder / "prediction.png"
-    _save(path, lambda figure: _prediction(figure, lines, looks), width=8.0)
+    _save(path, partial(_prediction, lines=lines, looks=looks), width=8.0)
     probes = folder / "probes.png"
-    _save(probes, lambda figure: _probes(figure, lines), width=8.0)
+    _save(probes, partial(_probes, lines=lines), width=8.0)
     return [*drawn, path, probes]
 
 
@@ -151,8 +151,8 @@ def _probes(figure: "Figure", lines: Sequence[Line]) -> None:
 
 
 def _legend(figure: "Figure") -> None:
-    labelled = {}
+    labelled: dict[str, Any] = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         labelled |= dict(zip(labels, handles, strict=True))
-    figure.legend(list(labelled.values()), list(labelled), loc="outside right upper", fontsize=8)
+    figure.legend(handles=list(labelled.values()), labels=list(labelled), loc="outside right upper", fontsize=8)

@@ -20,8 +20,8 @@ third; ``facts_unnamed`` are about the other half, in all three.
 """
 FOREIGN = "foreign"
 """Words of the vocabulary in a drawn order: text that exercises no knowledge."""
-PEERS = ("pissa", "corda", "eva")
-"""Initialisations that are PEFT's own code."""
+TASKS = ("difference", "minimum", "new_facts")
+"""What may be learned (``tiny_tasks``): a new operation in new words, one in an old word, facts in known wordings."""
 
 Numbers = Annotated[
     tuple[Positive, ...], Field(min_length=1), BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
@@ -137,13 +137,18 @@ class StudyArm(Section):
 
 
 class Grid(Section):
-    """All cells of these sizes, tasks, calibrations, arms and seeds; a cell in two grids is run once."""
+    """All cells of these sizes, tasks, calibrations, arms and seeds; a cell in two grids is run once.
+
+    ``learning_rates`` and ``weight_decays``, where given, stand for those of every arm.
+    """
 
     sizes: Names
     tasks: Names
     calibrations: Names
     arms: Names
     seeds: Seeds = (0,)
+    learning_rates: Numbers | None = None
+    weight_decays: Decays | None = None
 
 
 class StudyTraining(Section):
@@ -171,14 +176,18 @@ class Study(Section):
 
     @model_validator(mode="after")
     def _names(self) -> "Study":
-        tasks = dict.fromkeys(("difference", "minimum", "new_facts"))
-        kinds = {"sizes": self.sizes, "tasks": tasks, "calibrations": self.calibrations, "arms": self.arms}
+        kinds: dict[str, list[str]] = {
+            "sizes": list(self.sizes),
+            "tasks": list(TASKS),
+            "calibrations": list(self.calibrations),
+            "arms": list(self.arms),
+        }
         for grid, values in self.grids.items():
             for kind, known in kinds.items():
                 for name in getattr(values, kind):
                     if name not in known:
                         raise ValueError(
-                            f"grids.{grid}.{kind}: there is no '{name}'{nearest(name, list(known))}; "
+                            f"grids.{grid}.{kind}: there is no '{name}'{nearest(name, known)}; "
                             f"there is {', '.join(known)}"
                         )
         for name, calibration in self.calibrations.items():

@@ -56,9 +56,10 @@ HOW = (
     "retention to be had at an adaptation of at least t, t from 0 to 1. *At 95%, 99%*: the most retention of a setting "
     "that reaches that share of the best adaptation that any arm has on this task; – where none does. In brackets: 95% "
     "intervals over seeds, the setting chosen anew in each resample; with three seeds they are coarse. *Band*: decades "
-    f"of learning rate in which at least 95% of the best adaptation is reached and {KEEPS:.0%} kept. *Spread*: standard "
-    "deviation over seeds of adaptation / retention at the setting chosen for 95%. Methods of this repository are set "
-    "in bold; rows are in the order of their area."
+    f"of learning rate in which at least 95% of the best adaptation is reached and {KEEPS:.0%} of the knowledge kept. "
+    "*Spread*: standard deviation over seeds of adaptation / retention at the setting chosen for 95%, whose learning "
+    "rate and interference (root mean square, calibration texts) stand beside it. *s*, *cpu s*: of a cell, by the "
+    "clock and of the processor. Methods of this repository are set in bold; rows are in the order of their area."
 )
 
 
@@ -66,8 +67,8 @@ def _base(setting: Mapping[str, Any]) -> str:
     base = setting["base"]
     known = ", ".join(f"{piece} {_score(value)}" for piece, value in base["retention_by"].items())
     return (
-        f"Best adaptation of any arm: {_score(setting['best_adaptation'])}. The base: task {_score(base['adaptation'])}, "
-        f"retention {_score(base['retention'])} ({known})."
+        f"Best adaptation of any arm: {_score(setting['best_adaptation'])}. "
+        f"The base: task {_score(base['adaptation'])}, retention {_score(base['retention'])} ({known})."
     )
 
 
@@ -77,7 +78,7 @@ def _by_area(setting: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 def _frontier_table(setting: Mapping[str, Any]) -> str:
     header = ["arm", "rank", "trained", "matched", "seeds", "area", *(f"at {share:.0%}" for share in SHARES)]
-    header += ["band", "lr", "spread", "interference", "s a cell"]
+    header += ["band", "lr", "spread", "interference", "s", "cpu s"]
     rows = []
     for name, own in _by_area(setting):
         chosen = own["chosen"]
@@ -97,6 +98,7 @@ def _frontier_table(setting: Mapping[str, Any]) -> str:
                 else f"{_score(chosen['adaptation_spread'])} / {_score(chosen['retention_spread'])}",
                 NONE if chosen is None else f"{chosen['interference']:.3f}",
                 f"{own['seconds']:.1f}",
+                f"{own['processor_seconds']:.1f}",
             ]
         )
     return markdown_table(header, rows)
@@ -122,8 +124,8 @@ def _prediction(found: Mapping[str, Any]) -> list[str]:
         "## Forgetting, predicted",
         f"Spearman's rank correlation of interference with forgetting over the {found['cells']} cells whose texts "
         "exercise all that is asked; *within*: the mean over arms of each one's own. *Safe below*: the interference up "
-        f"to which no cell, or at most {ALLOWED[-1]:.0%} of them, lost more than {LOST:.0%} of the answers. In brackets: "
-        "95% intervals over resampled variants.",
+        f"to which no cell, or at most {ALLOWED[-1]:.0%} of them, lost more than {LOST:.0%} of the answers. In "
+        "brackets: 95% intervals over resampled variants.",
     ]
     rows = [
         [
