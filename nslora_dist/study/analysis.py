@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nslora_dist.study.measure import AGGREGATES
-from nslora_dist.study.spec import PIECES
+from nslora_dist.study.spec import AGGREGATES, PIECES
 from nslora_dist.study.statistics import (
     Array,
     Interval,

@@ -13,22 +13,10 @@ import torch
 from nslora_dist import artifacts
 from nslora_dist.errors import UserError
 from nslora_dist.pretrain import PretrainSettings, build_model, greedy_exact_match, pretrain, save_base
-from nslora_dist.study.cells import size_key
+from nslora_dist.study.cells import MADE, base_folder, is_made
 from nslora_dist.study.knowledge import make_knowledge, write_knowledge
 from nslora_dist.study.spec import Size, Study
 from nslora_dist.tiny_world import make_tokenizer
-
-MADE = "made.json"
-
-
-def base_folder(study: Study, size: str) -> Path:
-    """Where a size's base and data are, or will be."""
-    return Path(study.output_dir) / "bases" / f"{size}-{size_key(study, study.sizes[size])[:8]}"
-
-
-def is_made(study: Study, size: str) -> bool:
-    """Whether the base is there, whole."""
-    return (base_folder(study, size) / MADE).is_file()
 
 
 def make_base(study: Study, size: str, *, device: torch.device) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from nslora_dist.evaluate import EvaluationSets, evaluate
 from nslora_dist.input_groups import InputGroup, input_groups, target_groups
 from nslora_dist.recipe import AdapterSection, Recipe
 from nslora_dist.rows import pad_id
-from nslora_dist.study.bases import base_folder, locked
-from nslora_dist.study.cells import Cell
+from nslora_dist.study.bases import locked
+from nslora_dist.study.cells import Cell, base_folder
 from nslora_dist.study.knowledge import source_texts, write_texts
 from nslora_dist.study.peers import PeerStart, peer_job, peer_starts, peft_model
 from nslora_dist.study.spec import PIECES, Study, StudyArm

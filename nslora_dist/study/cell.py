@@ -13,12 +13,12 @@ from nslora_dist.evaluate import evaluate
 from nslora_dist.report import Scalars
 from nslora_dist.study.bench import EVALUATED_AT_ONCE, Bench
 from nslora_dist.study.cells import MEASURED, Cell
+from nslora_dist.study.lines import round_floats
 from nslora_dist.study.measure import energies, summed_up
 from nslora_dist.study.spec import PIECES
 from nslora_dist.trainer import Trained, train
 
 LAST_STEPS = 20
-DIGITS = 6
 
 
 class _Silent(Scalars):
@@ -97,14 +97,3 @@ def run_cell(bench: Bench, cell: Cell, *, version: str) -> dict[str, Any]:
 def _counted(model: torch.nn.Module, adapters: list[Adapter]) -> int:
     own = {id(p) for module in adapters for p in module.parameters(recurse=False)}
     return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in own)
-
-
-def round_floats(value: Any) -> Any:
-    """Every float to six significant digits; NaN and infinities, which JSON has not, become null."""
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if abs(value) < float("inf") else None
-    if isinstance(value, dict):
-        return {key: round_floats(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [round_floats(inner) for inner in value]
-    return value

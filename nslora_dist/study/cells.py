@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nslora_dist.artifacts import hash_json
@@ -9,6 +10,10 @@ from nslora_dist.study.spec import Size, Study, StudyArm, StudyCalibration
 
 MEASURED = 1
 """Raised when what a cell measures changes its meaning: then all are run again."""
+
+
+MADE = "made.json"
+"""In a base's folder: what was measured when it was made."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,16 @@ def size_key(study: Study, size: Size) -> str:
     """A hash of what a base, its world and its evaluation rows are made from."""
     made_from = size.model_dump(mode="json", exclude={"minutes", "seconds", "device"})
     return hash_json([MEASURED, made_from, study.task_rows.model_dump(mode="json"), study.probe_sequences])[:16]
+
+
+def base_folder(study: Study, size: str) -> Path:
+    """Where a size's base and data are, or will be."""
+    return Path(study.output_dir) / "bases" / f"{size}-{size_key(study, study.sizes[size])[:8]}"
+
+
+def is_made(study: Study, size: str) -> bool:
+    """Whether the base is there, whole."""
+    return (base_folder(study, size) / MADE).is_file()
 
 
 def cell_key(

@@ -9,6 +9,7 @@ from typing import Any
 from nslora_dist.study.cells import Cell
 
 FILE = "cells.jsonl"
+DIGITS = 6
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
@@ -66,3 +67,14 @@ def of_cells(lines: Iterable[dict[str, Any]], cells: Iterable[Cell]) -> list[dic
     return [
         line | {name: getattr(wanted[line["id"]], name) for name in names} for line in lines if line["id"] in wanted
     ]
+
+
+def round_floats(value: Any) -> Any:
+    """Every float to six significant digits; NaN and infinities, which JSON has not, become null."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if abs(value) < float("inf") else None
+    if isinstance(value, dict):
+        return {key: round_floats(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [round_floats(inner) for inner in value]
+    return value

@@ -14,8 +14,6 @@ from nslora_dist.engines import Engine
 
 WRITERS = ("o_proj", "down_proj")
 """The linears whose output is added to the residual stream."""
-AGGREGATES = ("rms", "max", "mean", "output_weighted", "writers", "first_block", "last_block")
-"""What a text's interference is summed up to; ``by_depth`` is a list beside them."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,9 @@ def summed_up(found: Sequence[Energies]) -> dict[str, Any]:
 
 
 def aggregates(sums: Mapping[str, Tensor]) -> dict[str, Any]:
-    """``AGGREGATES`` and ``by_depth``, the root mean square of each block, of module → (update, output, ...) energies.
+    """``spec.AGGREGATES`` and ``by_depth``, the root mean square of each block.
+
+    ``sums`` maps a module to its (update, output, ...) energies.
 
     ``output_weighted`` is √(Σ‖ΔW x‖² / Σ‖W x‖²) over all modules together: one with a small output hardly counts.
     """

@@ -61,13 +61,18 @@ def peft_model(
     """
     model: Any = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
     model.to(device)
-    own: dict[str, Any] = {
+    settings: dict[str, dict[str, Any]] = {
         "pissa": {},
         "corda": {"corda_config": CordaConfig(corda_method="kpm")},
         "eva": {"eva_config": EvaConfig()},
-    }[peer]
+    }
     config = LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=list(LINEAR_TARGETS), init_lora_weights=peer, lora_dropout=0.0, **own
+        r=rank,
+        lora_alpha=rank,
+        target_modules=list(LINEAR_TARGETS),
+        init_lora_weights=peer,
+        lora_dropout=0.0,
+        **settings[peer],
     )
     if peer == "corda":
 

@@ -15,8 +15,7 @@ import torch
 
 from nslora_dist import artifacts
 from nslora_dist.errors import EXIT_STORAGE, Fault, Preempted, StorageError, UserError
-from nslora_dist.study.bases import is_made
-from nslora_dist.study.cells import Cell
+from nslora_dist.study.cells import Cell, is_made
 from nslora_dist.study.lines import FILE, close_torn_line, read_lines
 from nslora_dist.study.spec import Study
 from nslora_dist.study.worker import WORKERS_LOCK, Job, Told, work

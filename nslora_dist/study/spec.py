@@ -23,6 +23,9 @@ FOREIGN = "foreign"
 TASKS = ("difference", "minimum", "new_facts")
 """What may be learned (``tiny_tasks``): a new operation in new words, one in an old word, facts in known wordings."""
 
+AGGREGATES = ("rms", "max", "mean", "output_weighted", "writers", "first_block", "last_block")
+"""What a text's interference is summed up to; ``by_depth`` is a list beside them."""
+
 Numbers = Annotated[
     tuple[Positive, ...], Field(min_length=1), BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
 ]

@@ -7,7 +7,7 @@ from typing import Any
 from nslora_dist import artifacts
 from nslora_dist.card import markdown_table
 from nslora_dist.study.analysis import ALLOWED, KEEPS, LOST, SHARES, Line, analyse
-from nslora_dist.study.cell import round_floats
+from nslora_dist.study.lines import round_floats
 from nslora_dist.study.plots import draw_study
 
 NONE = "–"

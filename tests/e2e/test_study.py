@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from helpers.launching import ROOT, TIMEOUT, environment
+from nslora_dist.study.main import main
 
-CELLS = 12
+CELLS = 10
 
 
 def start(folder: Path, *more: str) -> subprocess.Popen[str]:
@@ -31,6 +32,14 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     finally:
         process.kill()
     return process.returncode, said
+
+
+def here(capsys: pytest.CaptureFixture[str], folder: Path, *more: str) -> tuple[int, str]:
+    """The same command in this process, which has PyTorch already."""
+    capsys.readouterr()
+    status = main(["--quick", "--output", str(folder), "--processes", "1", *more])
+    said = capsys.readouterr()
+    return status, said.out + said.err
 
 
 def whole_lines(folder: Path) -> list[dict[str, Any]]:
@@ -70,17 +79,17 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_no_cell_is_done_twice_and_none_is_missing(done: Path) -> None:
+def test_no_cell_is_done_twice_and_none_is_missing(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     times = Counter(line["id"] for line in whole_lines(done))
     assert len(times) == CELLS and set(times.values()) == {1}
-    status, said = finish(start(done))
+    status, said = here(capsys, done)
     assert status == 0 and "cells to do" not in said  # all are there: nothing is begun
     assert len(whole_lines(done)) == CELLS
 
 
-def test_a_dry_run_lists_what_is_missing(done: Path, tmp_path: Path) -> None:
-    assert "0 of 12 cells are missing" in finish(start(done, "--dry-run"))[1]
-    said = finish(start(tmp_path / "new", "--dry-run", "--arm", "pissa"))[1]
+def test_a_dry_run_lists_what_is_missing(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"0 of {CELLS} cells are missing" in here(capsys, done, "--dry-run")[1]
+    said = here(capsys, tmp_path / "new", "--dry-run", "--arm", "pissa")[1]
     assert "2 of 2 cells are missing" in said and said.count(" pissa ") == 2
     assert not (tmp_path / "new").exists()
 
@@ -149,23 +158,23 @@ def test_every_figure_of_the_summary_comes_from_the_lines(done: Path) -> None:
     assert len(plots) == 6 and all((done / plot).stat().st_size > 5000 for plot in plots)
 
 
-def test_the_summary_follows_the_lines(done: Path, tmp_path: Path) -> None:
+def test_the_summary_follows_the_lines(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changed = [line | {"adaptation": 0.75} if line["method"] == "pissa" else line for line in whole_lines(done)]
     (tmp_path / "cells.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed[:-1]))
-    status, said = finish(start(tmp_path, "--summary"))
+    status, said = here(capsys, tmp_path, "--summary")
     assert status == 0, said
     text = (tmp_path / "summary.md").read_text()
     assert "Best adaptation of any arm: 0.750" in text
     assert "1 cells are missing" in text
 
 
-def test_two_at_once_are_refused(done: Path, tmp_path: Path) -> None:
+def test_two_at_once_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = start(tmp_path / "one")
     end = time.monotonic() + TIMEOUT
     while not (tmp_path / "one" / "study.json").exists():
         assert time.monotonic() < end and first.poll() is None
         time.sleep(0.05)
-    status, said = finish(start(tmp_path / "one"))
+    status, said = here(capsys, tmp_path / "one")
     first.terminate()
     assert status == 2 and "another process works on this study" in said
     assert finish(first)[0] == 75
