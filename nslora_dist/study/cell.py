@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from nslora_dist.adapter import Adapter
+from nslora_dist.budget import Budget
 from nslora_dist.engines import start_engine
 from nslora_dist.engines.base import trained as trained_parameters
 from nslora_dist.errors import UserError
@@ -50,7 +51,10 @@ def run_cell(bench: Bench, cell: Cell, *, version: str) -> dict[str, Any]:
     trained, diverged = Trained(), None
     before = time.perf_counter()
     try:
-        trained = train(engine, data, recipe.train, device=device, scalars=_Silent(), description=cell.id)
+        budget = Budget.of(engine, recipe.adapter, device=device)
+        trained = train(
+            engine, data, recipe.train, device=device, scalars=_Silent(), budget=budget, description=cell.id
+        )
     except UserError as error:
         if "not finite" not in str(error):
             raise
