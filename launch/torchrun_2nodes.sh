@@ -8,9 +8,16 @@
 # are the same too.
 #
 # Elastic: RESTARTS=3 starts all ranks again, up to three times, when one fails; they go on from the last checkpoint.
-# NODES=1:2 starts with whatever machines are there, and again with all of them when another one comes or one goes: for
-# that the machines meet at HEAD by themselves and NODE_RANK is not used. Steps per rank change with the number of
-# ranks, so train.global_batch_size must divide by the ranks of one machine and of two.
+# NODES=1:2 goes on with the machines that are left when one is lost, which takes one of the RESTARTS on each of those;
+# the machine HEAD cannot be spared, for they meet there. train.global_batch_size must divide by the ranks of one machine
+# and of two.
+#
+#     HEAD=10.0.0.1 NODE_RANK=0 RESTARTS=3 NODES=1:2 launch/torchrun_2nodes.sh llama3_70b_math_qlora
+#     HEAD=10.0.0.1 NODE_RANK=1 RESTARTS=3 NODES=1:2 launch/torchrun_2nodes.sh llama3_70b_math_qlora
+#
+# For these two: ADDRESS=10.0.0.2 is this machine's own address, where the others do not find it by its name; LAST_CALL is
+# how many seconds those that are there wait for more machines (30); RDZV_CONF is more for torchrun's --rdzv-conf, as
+# keep_alive_interval=1,keep_alive_max_attempt=3 with which a lost machine is given up after 3 s instead of 15.
 set -euo pipefail
 
 recipe=${1:?usage: HEAD=host NODE_RANK=n $0 recipe [section.key=value ...]}
@@ -18,11 +25,15 @@ shift
 : "${HEAD:?the address of the machine with NODE_RANK=0}"
 
 nodes=${NODES:-2}
-meet=(--master-addr "$HEAD" --master-port "${PORT:-29500}")
+: "${NODE_RANK:?0 on the machine HEAD, 1 on the second, ...}"
 if [[ $nodes == *:* || ${RESTARTS:-0} -gt 0 ]]; then
-    meet=(--rdzv-backend c10d --rdzv-endpoint "$HEAD:${PORT:-29500}" --rdzv-id "${JOB:-nslora}")
+    # Without is_host torchrun compares HEAD with the machine's own name, and an address it does not know itself by is
+    # nobody's: then nobody listens there.
+    conf=is_host=$([ "$NODE_RANK" = 0 ] && echo 1 || echo 0),last_call_timeout=${LAST_CALL:-30}
+    meet=(--rdzv-backend c10d --rdzv-endpoint "$HEAD:${PORT:-29500}" --rdzv-id "${JOB:-nslora}"
+        --rdzv-conf "$conf${RDZV_CONF:+,$RDZV_CONF}" ${ADDRESS:+--local-addr "$ADDRESS"})
 else
-    meet+=(--node-rank "${NODE_RANK:?0 on the first machine, 1 on the second, ...}")
+    meet=(--master-addr "$HEAD" --master-port "${PORT:-29500}" --node-rank "$NODE_RANK")
 fi
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

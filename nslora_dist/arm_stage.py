@@ -13,6 +13,7 @@ import torch
 from nslora_dist import dist, watch
 from nslora_dist.arm_job import Arm, final_interference
 from nslora_dist.arms import BaseScores, FinishedArm, evaluation_hash
+from nslora_dist.budget import Budget
 from nslora_dist.calibration_data import CalibrationTexts
 from nslora_dist.checkpoint import Checkpoints, identity
 from nslora_dist.engines import Engine, start_engine
@@ -109,8 +110,9 @@ def _train(arm: Arm, bench: Bench, report: dict[str, Any], hashes: dict[str, Any
     if base is None:
         # Every adapter starts as the base's own function, so the first arm's engine stands for the base.
         with clock.phase("evaluation", "the base"):
-            base = evaluate(engine, bench.sets, device=device)
+            base = evaluate(engine, bench.sets.before_training(), device=device)
             kept.write(base)
+    budget = Budget.of(engine, arm.recipe.adapter, device=device)
     tensorboard = bench.folder / "tensorboard" / arm.name
     with clock.phase("training", arm.name), Scalars(tensorboard, start=checkpoints.step) as scalars:
         trained = train(
@@ -120,6 +122,7 @@ def _train(arm: Arm, bench: Bench, report: dict[str, Any], hashes: dict[str, Any
             device=device,
             scalars=scalars,
             checkpoints=checkpoints,
+            budget=budget,
             description=f"training {arm.name}",
         )
     with clock.phase("evaluation", arm.name):
@@ -127,11 +130,14 @@ def _train(arm: Arm, bench: Bench, report: dict[str, Any], hashes: dict[str, Any
         found = final_interference(
             engine, arm.data, bench.texts, batch_size=arm.recipe.calibration.batch_size, device=device
         )
+        interference = summarise(found, bench.texts)
+        if interference is not None and budget is not None:
+            interference["budget"] = budget.facts()
     clock.seconds["training"] += checkpoints.earlier_seconds
     return engine, {
         "base": base,
         "scores": scores,
-        "interference": summarise(found, bench.texts),
+        "interference": interference,
         "losses": trained.losses,
         "grad_norms": trained.grad_norms,
         "skipped": trained.skipped,

@@ -89,7 +89,8 @@ def evaluation_hash(sets: EvaluationSets) -> str:
     for name, batches in (("", sets.adaptation or []), *sets.retention.items()):
         total = sum(_row_hash(ids, labels) for b in batches for ids, labels in zip(b.input_ids, b.labels, strict=True))
         found[name] = sum(dist.gather(total)) % 2**256
-    return artifacts.hash_json({name: f"{total:x}" for name, total in found.items()})
+    tasks = {} if sets.lm_eval is None else {"lm_eval": [sets.lm_eval.hash, sets.lm_eval.section.before]}
+    return artifacts.hash_json({name: f"{total:x}" for name, total in found.items()} | tasks)
 
 
 def _row_hash(ids: Tensor, labels: Tensor) -> int:

@@ -61,10 +61,34 @@ def evaluation_table(evaluation: Mapping[str, Mapping[str, Any]]) -> tuple[list[
     return header, rows
 
 
+def lm_eval_table(evaluation: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Markdown of lm-eval's figures, one row a task and metric, one column an arm; nothing where none were measured."""
+    arms = [arm for arm in ordered_arms(evaluation) if evaluation[arm].get("lm_eval")]
+    measured = {arm: evaluation[arm]["lm_eval"] for arm in arms}
+    tasks: dict[str, dict[str, Any]] = {task: entry for found in measured.values() for task, entry in found.items()}
+
+    def cell(arm: str, task: str, metric: str) -> str:
+        found = measured[arm].get(task, {}).get("metrics", {}).get(metric, {})
+        error = found.get("stderr")
+        return number(found.get("value")) + ("" if error is None else f" ± {number(error)}")
+
+    rows = [
+        [task, metric, "–" if entry.get("samples") is None else str(entry["samples"])]
+        + ["–" if entry.get("shots") is None else str(entry["shots"])]
+        + [cell(arm, task, metric) for arm in arms]
+        for task, entry in tasks.items()
+        for metric in entry["metrics"]
+    ]
+    return [markdown_table(["task", "metric", "samples", "shots", *map(arm_label, arms)], rows)] if rows else []
+
+
 def interference_tables(interference: Mapping[str, Any]) -> list[str]:
-    """Markdown tables of ‖ΔW X‖ / ‖W X‖: over all sources, by source, by probe; those that were measured."""
+    """Markdown tables of ‖ΔW X‖ / ‖W X‖: over all sources, by source, by probe; those that were measured.
+
+    In front of them the budget that training kept to, where there was one.
+    """
     head = ["largest module", "mean over modules"]
-    tables = []
+    tables = [budget_sentence(budget)] if (budget := interference.get("budget")) else []
     if interference.get("max") is not None:
         overall = ["calibration mixture", number(interference["max"]), number(interference.get("mean"))]
         tables.append(markdown_table(["", *head], [overall]))
@@ -73,6 +97,18 @@ def interference_tables(interference: Mapping[str, Any]) -> list[str]:
             rows = [[name, number(value.get("max")), number(value.get("mean"))] for name, value in by_name.items()]
             tables.append(markdown_table([kind, *head], rows))
     return tables
+
+
+def budget_sentence(budget: Mapping[str, Any]) -> str:
+    """What training kept to, and what it came to: ``limit``, ``over`` and ``final`` as ``Budget.facts`` has them."""
+    over, spent = {
+        "module": ("every module", "the largest module's is"),
+        "total": ("the root mean square over modules", "that is"),
+    }[budget["over"]]
+    return (
+        f"Training kept every step within a budget of {budget['limit']:g} for {over}, on the calibration mixture; at "
+        f"the end {spent} {number(budget.get('final'))} (of B in float32, before any rounding to 16 bits)."
+    )
 
 
 def weight_null_table(facts: Mapping[str, Any]) -> list[str]:
@@ -188,7 +224,7 @@ def _card_text(
             *tables,
         ]
     if evaluation := card.get("evaluation"):
-        parts += ["## Evaluation", markdown_table(*evaluation_table(evaluation))]
+        parts += ["## Evaluation", markdown_table(*evaluation_table(evaluation)), *lm_eval_table(evaluation)]
     versions = card.get("versions") or _versions()
     parts += ["## Versions", "\n".join(f"- {package} {version}" for package, version in versions.items())]
     return "\n\n".join(parts) + "\n"

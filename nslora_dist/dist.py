@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -115,7 +116,11 @@ def _join(here: torch.device, timeout_seconds: float) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        store, number, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
+        if launcher_keeps_store():
+            store = _of_this_start(store, number, world, timeout_seconds)
+        waits = timedelta(seconds=timeout_seconds)
+        dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=waits)
     except RuntimeError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         said = str(error).strip().partition("\n")[0]
@@ -123,6 +128,37 @@ def _join(here: torch.device, timeout_seconds: float) -> None:
             f"rank {os.environ.get('RANK')}: the {world} ranks did not meet at {where} ({said}); look whether all were "
             "started, reach that address, and find the port free"
         ) from error
+
+
+def _of_this_start(store: dist.Store, number: int, world: int, timeout_seconds: float) -> dist.Store:
+    """The part of a launcher's store that belongs to this start of the ranks alone.
+
+    ``torchrun`` keeps one store for as long as it lives, and its restarted ranks would find the addresses of those
+    before them there. Its count of restarts does not tell them apart: a machine that comes later counts from 0.
+
+    Raises:
+        RuntimeError: not all ranks came in time.
+    """
+    store = dist.PrefixStore("nslora", store)
+    if number != 0:
+        name = store.get(f"start of {store.add('came', 1)}").decode()
+        store.add(f"{name} met", 1)
+        return dist.PrefixStore(name, store)
+    name, answered, deadline = os.urandom(8).hex(), 0, time.monotonic() + timeout_seconds
+    while (met := store.add(f"{name} met", 0)) < world - 1:
+        came = store.add("came", 0)
+        for one in range(answered + 1, came + 1):  # those of earlier starts are among them, and gone
+            store.set(f"start of {one}", name)
+        answered = came
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{met + 1} of them came within {timeout_seconds:.0f} s")
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)
+
+
+def launcher_keeps_store() -> bool:
+    """Whether the ranks meet in a store of their launcher's, not of rank 0's."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _peers() -> Peers | None:
@@ -134,9 +170,8 @@ def _peers() -> Peers | None:
     logs.begin_run(name, world_size())
     if world_size() == 1:
         return None
-    launcher_keeps_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.PrefixStore(f"watch/{name}", dist.distributed_c10d._get_default_store())
-    peers = Peers(store, rank=rank(), world_size=world_size(), keeper=None if launcher_keeps_it else 0)
+    peers = Peers(store, rank=rank(), world_size=world_size(), keeper=None if launcher_keeps_store() else 0)
     _meet()
     peers.start()
     return peers

@@ -1,7 +1,8 @@
 """What an adapter learned and what it disturbed: adaptation, retention, and interference by a forward pass."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from nslora_dist.calibration_data import CalibrationTexts, text_batches
 from nslora_dist.data import Batch, deal_evaluation, evaluation_samples
 from nslora_dist.engines import Engine
 from nslora_dist.errors import Preempted
+from nslora_dist.lm_eval_bridge import LmEval
 from nslora_dist.recipe import EvaluationSection, PromptSet
 
 ADAPTATION = "adaptation"
@@ -29,18 +31,27 @@ class EvaluationSets:
         adaptation: None where it was not asked for.
         retention: By name.
         counts: ``adaptation`` or ``retention.<name>`` → what became of the set's rows, over all ranks.
+        lm_eval: lm-eval's tasks, where the recipe names some.
     """
 
     adaptation: list[Batch] | None
     retention: dict[str, list[Batch]]
     counts: dict[str, RowCounts] = field(default_factory=dict)
+    lm_eval: LmEval | None = None
 
     @classmethod
-    def load(cls, section: EvaluationSection, tokenizer: PreTrainedTokenizerBase) -> "EvaluationSets":
+    def load(
+        cls, section: EvaluationSection, tokenizer: PreTrainedTokenizerBase, *, base: Path | None = None
+    ) -> "EvaluationSets":
         """Reads and tokenises every set; every rank must call this.
 
+        Args:
+            section: the recipe's.
+            tokenizer: the base's.
+            base: its folder; lm-eval's tasks are left out without one.
+
         Raises:
-            UserError: rows that cannot be read.
+            UserError: rows that cannot be read, or tasks that lm-eval cannot run.
         """
         counts: dict[str, RowCounts] = {}
 
@@ -55,7 +66,13 @@ class EvaluationSets:
             adaptation=None if section.adaptation is None else load("adaptation", section.adaptation),
             retention={name: load(f"retention.{name}", prompts) for name, prompts in section.retention.items()},
             counts=counts,
+            lm_eval=LmEval(section.lm_eval, tokenizer, base) if section.lm_eval is not None and base else None,
         )
+
+    def before_training(self) -> "EvaluationSets":
+        """What is measured on the base."""
+        left_out = self.lm_eval is not None and not self.lm_eval.section.before
+        return replace(self, lm_eval=None) if left_out else self
 
 
 def exact_match(engine: Engine, batches: Sequence[Batch], *, device: torch.device, name: str = "questions") -> float:
@@ -78,7 +95,10 @@ def exact_match(engine: Engine, batches: Sequence[Batch], *, device: torch.devic
 
 
 def evaluate(engine: Engine, sets: EvaluationSets, *, device: torch.device) -> dict[str, Any]:
-    """``adaptation``, ``retention`` (the mean over names) and ``retention_by`` name; None where nothing was asked."""
+    """``adaptation``, ``retention`` (the mean over names) and ``retention_by`` name; None where nothing was asked.
+
+    ``lm_eval``, as ``LmEval.run`` gives it, where the recipe names tasks.
+    """
     retention = {
         name: exact_match(engine, batches, device=device, name=name) for name, batches in sets.retention.items()
     }
@@ -87,6 +107,7 @@ def evaluate(engine: Engine, sets: EvaluationSets, *, device: torch.device) -> d
         "adaptation": None if task is None else exact_match(engine, task, device=device, name=ADAPTATION),
         "retention": sum(retention.values()) / len(retention) if retention else None,
         "retention_by": retention,
+        **({} if sets.lm_eval is None else {"lm_eval": sets.lm_eval.run(engine, device=device)}),
     }
 
 

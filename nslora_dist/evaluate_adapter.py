@@ -55,7 +55,8 @@ def run_evaluation(recipe: Recipe, device: torch.device, *, adapter: Sequence[st
     target = Path(output)
     with dist.together("reading the adapters"):
         _claim(target)
-        checkpoint = Checkpoint(locate(recipe.base_model))
+        base = locate(recipe.base_model)
+        checkpoint = Checkpoint(base)
         config = load_config(recipe.base_model)
         shapes = linear_shapes(recipe, config)
         stored = {name: read_fitting(name, folder, shapes) for name, folder in folders.items()}
@@ -70,9 +71,9 @@ def run_evaluation(recipe: Recipe, device: torch.device, *, adapter: Sequence[st
         )
     tokenizer = load_tokenizer(recipe.base_model)
     texts = calibration_texts(recipe.calibration, tokenizer)
-    sets = EvaluationSets.load(recipe.evaluation, tokenizer)
+    sets = EvaluationSets.load(recipe.evaluation, tokenizer, base=base)
     engine = start_engine(make_set_job(recipe, config, checkpoint, shapes, stored, device=device), recipe)
-    scores, interference = {"base": evaluate(engine, sets, device=device)}, {}
+    scores, interference = {"base": evaluate(engine, sets.before_training(), device=device)}, {}
     for name, own in stored.items():
         put_to_work(engine.model, name)
         scores[name] = evaluate(engine, sets, device=device)

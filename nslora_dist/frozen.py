@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nslora_dist import nf4
-from nslora_dist.linear import LowRank, frozen_linear, head_loss
+from nslora_dist.linear import LowRank, frozen_linear, head_loss, head_scores
 
 
 class FrozenLinear(nn.Module):
@@ -74,10 +74,12 @@ class FrozenHead(nn.Module):
         super().__init__()
         self.weight = weight
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        """(n, d) → () float32 Σ −log p(label), or (n, vocabulary) logits."""
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, *, by_token: bool = False) -> Tensor:
+        """(n, d) → () float32 Σ −log p(label), or ``head_scores`` of each, or (n, vocabulary) logits without labels."""
         if labels is None:
             return nn.functional.linear(hidden, self.weight)
+        if by_token:
+            return head_scores(hidden, self.weight, labels)
         return head_loss(hidden, self.weight, labels)
 
 

@@ -154,3 +154,24 @@ def head_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         () float32, the sum over tokens.
     """
     return _HeadLoss.apply(hidden, weight, labels)
+
+
+def head_scores(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Each label's log softmax(W h), and whether it is the most likely, with as few logits in memory as ``head_loss``.
+
+    Args:
+        hidden: (n, d).
+        weight: (vocabulary, d).
+        labels: (n,) int64.
+
+    Returns:
+        (n, 2) float32, the second column 0 or 1.
+    """
+    found = torch.empty(len(labels), 2, dtype=torch.float32, device=hidden.device)
+    step = max(1, HEAD_CHUNK_BYTES // (4 * weight.shape[0]))
+    for start in range(0, len(hidden), step):
+        part = slice(start, start + step)
+        logits = functional.linear(hidden[part], weight).float()
+        found[part, 0] = logits.gather(-1, labels[part, None])[:, 0] - logits.logsumexp(-1)
+        found[part, 1] = (logits.argmax(-1) == labels[part]).float()
+    return found

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tqdm import tqdm
-
 from nslora_dist import watch
 from nslora_dist.redact import redact
 
@@ -173,9 +171,10 @@ def claim() -> bool | None:
 
 
 def say(text: str) -> None:
-    """Writes a line to the person, on a line of its own whatever progress bar is shown; never raises."""
+    """Writes a line to the person, below a progress bar that is on its way; never raises."""
     with suppress(Exception):
         # Only rank 0 shows bars, and the others, who share its terminal, cannot know whether it does.
-        under_a_bar = bool(getattr(tqdm, "_instances", ())) or os.environ.get("RANK", "0") != "0"
+        bars = getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())
+        under_a_bar = bool(bars) or os.environ.get("RANK", "0") != "0"
         sys.stderr.write("\n" * under_a_bar + redact(text) + "\n")
         sys.stderr.flush()

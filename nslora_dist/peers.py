@@ -223,7 +223,7 @@ class Peers:
         if silent:
             longest = max(self.answered - self.signs[rank][1] for rank in silent)
             are = "is" if len(silent) == 1 else "are"
-            return f"{named(silent)} {are} gone or stopped (no sign of life for {longest:.0f} s)"
+            return f"{named(silent)} {are} gone, stopped or cut off (no sign of life for {longest:.0f} s)"
         return None
 
     def stalled(self) -> str:

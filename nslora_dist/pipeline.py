@@ -167,7 +167,7 @@ class Run:
             _fits(arm, recipe)
         with self.clock.phase("data"):
             data = TrainingData.load(recipe.data, recipe.train, self.tokenizer)
-            sets = EvaluationSets.load(recipe.evaluation, self.tokenizer)
+            sets = EvaluationSets.load(recipe.evaluation, self.tokenizer, base=self.base_folder)
         for arm in (recipe, *baselines.values()):
             self._check_room(arm, "load", "train", "export")
         claim_folder(recipe)

@@ -124,7 +124,7 @@ def pretrain(
     """Trains all parameters in place.
 
     Args:
-        model: The model, float32.
+        model: The model, float32, on any device.
         tokenizer: Its tokenizer.
         rows: Rows by kind; the kinds of ``settings.mixture``.
         settings: The settings.
@@ -147,14 +147,15 @@ def pretrain(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, settings))
 
     losses: list[float] = []
+    device = model.device
     model.train()
     progress = tqdm(range(settings.steps), desc="pre-training", unit="step", mininterval=1.0)
     for _ in progress:
-        loss_sum, weight_sum = torch.zeros(()), 0.0
+        loss_sum, weight_sum = torch.zeros((), device=device), 0.0
         for kind, share in settings.mixture.items():
             # One forward pass per kind: rows of a kind are about equally long, so hardly any padding is computed.
             chosen = [next(streams[kind]) for _ in range(round(share * settings.batch_rows))]
-            ids, is_response = (tensor[chosen] for tensor in encoded[kind])
+            ids, is_response = (tensor[chosen].to(device) for tensor in encoded[kind])
             part, weight = _weighted_loss(model, ids, is_response, tokenizer.pad_token_id, settings)
             loss_sum, weight_sum = loss_sum + part, weight_sum + weight
         loss = loss_sum / weight_sum

@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from nslora_dist.explain import explain
+from nslora_dist.recipe_lm_eval import LmEvalSection
 from nslora_dist.recipe_train import CheckpointSection, EngineSection, TrainSection
 from nslora_dist.recipe_types import Count, Fraction, Name, Names, Positive, Section, Seed, Where
 from nslora_dist.redact import redact_all
@@ -17,6 +18,8 @@ from nslora_dist.zero_file import read_zero_config
 
 LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ARM_NAMES = {"lora_null": "null_space", "lora": "lora", "null_lora": "null_lora"}
+METHODS_OWN = ("form", "freeze_a", "a_init", "null_dim", "null_threshold", "interference_budget", "budget_over")
+"""Of ``adapter``, what is one method's own: a baseline of another method does not take it over."""
 NULL_DIM = 256
 """Most null directions of a weight kept a side: four times a rank of 64, of the 20,480 that a 70B down_proj has."""
 NULL_THRESHOLD = 0.1
@@ -26,9 +29,12 @@ The short side of a trained rectangular matrix is well-conditioned: in ``recipes
 directions of gate, up, down, k and v have σ ≤ 0.05 σ_max, and 8 to 80 have σ ≤ 0.1 σ_max.
 """
 
+BudgetOver = Literal["module", "total"]
+
 VOLATILE = (
     *("engine", "checkpoint", "resume", "output_dir", "base_model.config"),
     *("calibration.batch_size", "calibration.hidden_states", "evaluation.batch_size"),
+    "evaluation.lm_eval.batch_size",
     *("train.micro_batch_size", "train.activation_checkpointing", "train.compile", "train.log_every"),
 )
 """What may change while a run goes on: how it is computed and where, not what; results differ by rounding at most."""
@@ -100,6 +106,10 @@ class AdapterSection(Section):
     in ``residual`` form it is LoRA-Null v1 (``freeze_a: false``) or v2 (``freeze_a: true``) of the paper;
     ``lora`` is plain LoRA, with ``freeze_a: true`` the frozen-random-A baseline;
     ``null_lora`` freezes one half of A and of B and keeps ΔW in the null space of the weights (METHODS.md §2).
+
+    ``interference_budget`` is the most that ‖ΔW X‖ / ‖W X‖ (METHODS.md §1c) may come to on the mixture of all
+    calibration sources, after every optimizer step: B is scaled back to it. With ``budget_over: module`` every module
+    keeps within it; with ``total`` the root mean square over modules does, and all B are scaled by one factor.
     """
 
     method: Literal["lora_null", "lora", "null_lora"] = "lora_null"
@@ -111,6 +121,8 @@ class AdapterSection(Section):
     a_init: Literal["projected", "orthonormal"] = "projected"
     null_dim: Count = NULL_DIM
     null_threshold: Annotated[float, Field(ge=1e-6, lt=1.0)] = NULL_THRESHOLD
+    interference_budget: Annotated[float, Field(ge=1e-6)] | None = None
+    budget_over: BudgetOver = "module"
 
     @property
     def scale(self) -> float:
@@ -132,6 +144,19 @@ class AdapterSection(Section):
             )
         if self.form == "residual" and self.a_init == "orthonormal":
             raise ValueError("form 'residual' starts from B0 A0 = W U Uᵀ and needs a_init: projected")
+        return self
+
+    @model_validator(mode="after")
+    def _budget(self) -> "AdapterSection":
+        if self.interference_budget is None:
+            if self.budget_over != "module":
+                raise ValueError("budget_over says what interference_budget is over: set that too, or leave both out")
+        elif self.method != "lora_null" or self.form != "delta":
+            here = f"form '{self.form}'" if self.method == "lora_null" else f"method '{self.method}'"
+            raise ValueError(
+                "interference_budget needs an A that stays as it was calibrated and a B that starts from zero, and "
+                f"{here} has not: set method: lora_null and form: delta, or interference_budget: null"
+            )
         return self
 
     @model_validator(mode="after")
@@ -190,12 +215,13 @@ class Baseline(Section):
 
 
 class EvaluationSection(Section):
-    """What is measured on the base and on every arm: greedy exact match on prompts with known responses."""
+    """What is measured on the base and on every arm: greedy exact match on prompts with known responses; lm-eval."""
 
     adaptation: PromptSet | None = None
     retention: dict[str, PromptSet] = {}
     batch_size: Count = 8
     max_length: Count = 8192  # longer questions, answer included, are left out
+    lm_eval: LmEvalSection | None = None
     baselines: dict[Name, Baseline] = {}
 
 
@@ -261,8 +287,10 @@ class Recipe(Section):
         changes = self.evaluation.baselines[baseline]
         tree = self.model_dump(exclude={"evaluation": {"baselines"}})
         if changes.adapter.get("method", self.adapter.method) != self.adapter.method:
-            for key in ("form", "freeze_a", "a_init", "null_dim", "null_threshold"):  # the *other* method's own
+            for key in METHODS_OWN:  # the *other* method's
                 del tree["adapter"][key]
+        if changes.adapter.get("interference_budget", 0.0) is None:  # nor does one without a budget take its rule over
+            tree["adapter"].pop("budget_over", None)
         tree["adapter"] |= changes.adapter
         tree["train"] |= changes.train
         try:
@@ -281,14 +309,18 @@ class Recipe(Section):
 
 def without_volatile(tree: dict[str, Any]) -> dict[str, Any]:
     """A recipe's tree without ``VOLATILE``; the tree itself stays as it is."""
-    kept = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
-    for name in VOLATILE:
-        section, _, key = name.partition(".")
-        if not key:
-            kept.pop(section, None)
-        elif isinstance(kept.get(section), dict):
-            kept[section].pop(key, None)
-    return kept
+    return _without(tree, [tuple(name.split(".")) for name in VOLATILE])
+
+
+def _without(tree: dict[str, Any], paths: list[tuple[str, ...]]) -> dict[str, Any]:
+    gone = {path[0] for path in paths if len(path) == 1}
+    return {
+        key: _without(value, [path[1:] for path in paths if path[0] == key and len(path) > 1])
+        if isinstance(value, dict)
+        else value
+        for key, value in tree.items()
+        if key not in gone
+    }
 
 
 def check_zero_config(recipe: Recipe) -> dict[str, Any]:

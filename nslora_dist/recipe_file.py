@@ -17,7 +17,7 @@ from nslora_dist.recipe import Recipe
 from nslora_dist.yaml_file import parse_yaml, read_yaml
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-PATH_KEYS = {"path", "config", "output_dir"}
+PATH_KEYS = {"path", "config", "output_dir", "include_path"}
 R = TypeVar("R", bound=BaseModel)
 
 

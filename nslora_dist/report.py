@@ -14,6 +14,7 @@ from nslora_dist.card import (
     arm_label,
     evaluation_table,
     interference_tables,
+    lm_eval_table,
     markdown_table,
     number,
     ordered_arms,
@@ -105,9 +106,10 @@ def write_report(run: Path, report: Mapping[str, Any]) -> None:
     Args:
         run: the run's folder, made if need be.
         report: ``recipe`` (resolved), ``engine``, ``world_size``, ``quantization``, ``losses`` (one an optimizer step),
-            ``evaluation`` ({arm: {adaptation, retention, retention_by, learning_rate?}}), ``interference`` ({max, mean,
-            per_module, by_source, by_probe}) and ``interference_by_arm``, ``leak`` ({calibration, heldout, random}),
-            ``seconds`` (by phase), ``tokens_per_second``, ``peak_memory_bytes``, ``adapter`` (path), ``data`` (counts),
+            ``evaluation`` ({arm: {adaptation, retention, retention_by, learning_rate?, lm_eval?}}), ``interference``
+            ({max, mean, per_module, by_source, by_probe}), ``interference_by_arm``, ``leak`` ({calibration, heldout,
+            random}), ``seconds`` (by phase), ``tokens_per_second``, ``peak_memory_bytes``, ``adapter`` (path), ``data``
+            (counts),
             ``spectra`` ({group: {eigenvalues ascending, rank, index?, size?, modules?}}), ``weight_null_space`` ({arm:
             {threshold, dim, left_out, modules}}, as ``WeightNullSpace.facts``), ``rows`` ({set: counts, as
             ``RowCounts.facts``}), ``skipped`` (steps), ``trained_by`` ({arm: [{engine, world_size, from, to}]}).
@@ -210,6 +212,8 @@ def _markdown(report: Mapping[str, Any], drawn: Sequence[str]) -> str:
     if rows:
         parts += [markdown_table(header, rows), *filter(None, [_verdict(report)])]
     parts += [f"![{CAPTIONS[name]}](plots/{name}.png)" for name in drawn if name == "frontier"]
+    if tables := lm_eval_table(report.get("evaluation") or {}):
+        parts += ["## lm-eval", "EleutherAI's harness, value ± standard error.", *tables]
     if tables := interference_tables(report.get("interference") or {}):
         parts += [
             "## Interference",

@@ -1,10 +1,30 @@
 """The root module that engines wrap: a causal LM asked only for what the supervised tokens need."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from nslora_dist.batches import Batch
+
+
+@dataclass(frozen=True)
+class Scored(Batch):
+    """Asks evaluation mode how likely the labels are, and not only whether greedy decoding gives them."""
+
+
+@dataclass(frozen=True)
+class Continued(Batch):
+    """Asks evaluation mode for the most likely next token; the one batch that is padded on the *left*.
+
+    ``input_ids`` are what ``cache`` does not know yet, ``attention_mask`` is over all tokens, ``labels`` are not read.
+
+    Attributes:
+        cache: keys and values of the tokens so far; the forward pass adds to it.
+    """
+
+    cache: Cache | None = None
 
 
 class SupervisedModel(nn.Module):
@@ -26,18 +46,40 @@ class SupervisedModel(nn.Module):
             divide by the tokens of the whole global batch. In evaluation mode (b,) bool: whether greedy decoding after
             the prompt gives exactly the labelled response. That is read off one pass: it does if and only if every
             label is the argmax given the labels before it. False for rows without labels.
+            In evaluation mode, of a ``Scored`` batch (b, 2) float64: the log-likelihood summed over a row's labels, and
+            1 where every one of them is the argmax; of a ``Continued`` one (b,) int64: the next tokens.
         """
+        if isinstance(batch, Continued):
+            return self._next(batch)
+        scored = isinstance(batch, Scored)
+        # Whoever scores a row of one token more than the model is made for is not to run it past its end.
+        seen, mask = (slice(None, -1) if scored else slice(None)), batch.attention_mask
         hidden = self.model.model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
+            input_ids=batch.input_ids[:, seen],
+            attention_mask=None if mask is None else mask[:, seen],
             position_ids=batch.position_ids,
             use_cache=False,
         ).last_hidden_state
         labels = batch.labels[:, 1:]
         keep = labels != -100
-        supervised = hidden[:, :-1][keep]
+        supervised = hidden[:, : labels.shape[1]][keep]
         if self.training:
             return self.model.lm_head(supervised, labels[keep])
+        if scored:
+            found = self.model.lm_head(supervised, labels[keep], by_token=True).double()
+            by_row = torch.zeros(*keep.shape, 2, dtype=torch.float64, device=hidden.device)
+            by_row[keep] = found
+            return torch.stack([by_row[..., 0].sum(1), (by_row[..., 1].sum(1) == keep.sum(1)).double()], dim=1)
         right = torch.zeros_like(keep)
         right[keep] = self.model.lm_head(supervised).argmax(-1) == labels[keep]
         return (right == keep).all(1) & keep.any(1)
+
+    def _next(self, batch: Continued) -> Tensor:
+        hidden = self.model.model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            past_key_values=batch.cache,
+            use_cache=True,
+        ).last_hidden_state
+        return self.model.lm_head(hidden[:, -1]).argmax(-1)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from nslora_dist import dist, watch
 from nslora_dist.adapter import Adapter, adapted_linears
+from nslora_dist.budget import Budget
 from nslora_dist.calibration.store import MIXTURE
 from nslora_dist.checkpoint import Checkpoints
 from nslora_dist.data import Batch, TrainingData
@@ -84,6 +85,7 @@ def train(
     device: torch.device,
     scalars: Scalars,
     checkpoints: Checkpoints | None = None,
+    budget: Budget | None = None,
     description: str = "training",
 ) -> Trained:
     """Runs ``data.total_steps`` optimizer steps, or those that a checkpoint leaves to do.
@@ -131,6 +133,7 @@ def train(
             continue
         result.updates += 1
         where = ""
+        kept = None if budget is None else budget.enforce()  # before anything reads or keeps what the step made
         if checkpoints is not None:
             checkpoints.settle()
             if checkpoints.due(step + 1):
@@ -138,6 +141,7 @@ def train(
         if logged:
             values = {"train/loss": loss, "train/learning_rate": rate, "train/grad_norm": norm}
             values["train/tokens_per_second"] = result.tokens_per_second
+            values |= {} if kept is None else kept.tags()
             interference = live_interference(engine)
             if dist.is_main():
                 scalars.add(step, values | _interference_tags(interference))

@@ -1,12 +1,14 @@
 """What the trainer may ask of an engine, and what an engine is given."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
@@ -88,8 +90,19 @@ class Engine(Protocol):
         """Clears the gradients of a whole step's micro-batches and changes nothing else."""
         ...
 
-    def shards(self) -> list[Shard]:
-        """What this rank keeps of every trained parameter: over the ranks, every element once."""
+    def shards(self, *, moments: bool = True) -> list[Shard]:
+        """What this rank keeps of every trained parameter: over the ranks, every element once.
+
+        Args:
+            moments: False leaves them out, for whoever looks at the parameters alone.
+        """
+        ...
+
+    def scale(self, factors: Mapping[str, float]) -> None:
+        """Multiplies whole trained parameters, named as in ``shards()``, by a number each; AdamW's moments stay.
+
+        The float32 master is multiplied, and the compute dtype's copy follows.
+        """
         ...
 
     def restore(self, shards: list[Shard], *, updates: int) -> None:
@@ -210,21 +223,28 @@ def whole_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> 
 
 
 @torch.no_grad()
-def optimizer_shards(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Shard]:
+def optimizer_shards(model: nn.Module, optimizer: torch.optim.Optimizer, *, moments: bool = True) -> list[Shard]:
     """``Engine.shards`` where parameters are whole, or DTensors sharded by rows."""
     found = []
     for name, parameter in trained_by_name(model).items():
-        state = whole_moments(optimizer, parameter)
-        values = {"value": parameter.detach(), **{key: state[key] for key in MOMENTS}}
+        values: dict[str, Tensor] = {"value": parameter}
+        if moments:
+            state = whole_moments(optimizer, parameter)
+            values |= {key: state[key] for key in MOMENTS}
         start = 0
         if isinstance(parameter, DTensor):
-            _, (row, *_) = compute_local_shape_and_global_offset(
-                parameter.shape, parameter.device_mesh, parameter.placements
-            )
-            start = row * parameter.shape[1:].numel()
+            start = _first_row(parameter.shape, parameter.device_mesh, parameter.placements) * parameter.shape[1]
             values = {key: value.to_local() for key, value in values.items()}  # type: ignore[attr-defined]
-        found.append(Shard(name, tuple(parameter.shape), start, {key: v.view(-1) for key, v in values.items()}))
+        flat = {key: value.detach().view(-1) for key, value in values.items()}
+        found.append(Shard(name, tuple(parameter.shape), start, flat))
     return found
+
+
+@lru_cache  # for few shapes, but asked for each of hundreds of parameters at every step
+def _first_row(shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> int:
+    """The first row that this rank keeps."""
+    _, (row, *_) = compute_local_shape_and_global_offset(shape, mesh, placements)
+    return row
 
 
 @torch.no_grad()
@@ -236,3 +256,11 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, shards
             value.copy_(given.values[key])
     for parameter in trained_by_name(model).values():
         optimizer.state[parameter]["step"].fill_(updates)
+
+
+@torch.no_grad()
+def scale_parameters(model: nn.Module, factors: Mapping[str, float]) -> None:
+    """``Engine.scale`` for the same."""
+    named = [(parameter, factors[name]) for name, parameter in trained_by_name(model).items() if name in factors]
+    kept = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter, _ in named]
+    torch._foreach_mul_(kept, [factor for _, factor in named])  # one launch for many small parameters

@@ -1,5 +1,7 @@
 """PyTorch FSDP2: every parameter a DTensor sharded over all ranks, gathered block by block."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,6 +19,7 @@ from nslora_dist.engines.base import (
     optimizer_shards,
     prepare,
     restore_optimizer,
+    scale_parameters,
 )
 from nslora_dist.recipe import Recipe
 
@@ -81,9 +84,13 @@ class Fsdp2Engine:
         """See ``Engine``."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    def shards(self) -> list[Shard]:
+    def shards(self, *, moments: bool = True) -> list[Shard]:
         """See ``Engine``."""
-        return optimizer_shards(self.model, self.optimizer)
+        return optimizer_shards(self.model, self.optimizer, moments=moments)
+
+    def scale(self, factors: Mapping[str, float]) -> None:
+        """See ``Engine``."""
+        scale_parameters(self.model, factors)
 
     def restore(self, shards: list[Shard], *, updates: int) -> None:
         """See ``Engine``."""

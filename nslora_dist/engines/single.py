@@ -1,5 +1,7 @@
 """One process, nothing sharded: the reference that the other engines are compared with."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,7 @@ from nslora_dist.engines.base import (
     optimizer_shards,
     prepare,
     restore_optimizer,
+    scale_parameters,
 )
 from nslora_dist.errors import UserError
 from nslora_dist.recipe import Recipe
@@ -61,9 +64,13 @@ class SingleEngine:
         """See ``Engine``."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    def shards(self) -> list[Shard]:
+    def shards(self, *, moments: bool = True) -> list[Shard]:
         """See ``Engine``."""
-        return optimizer_shards(self.model, self.optimizer)
+        return optimizer_shards(self.model, self.optimizer, moments=moments)
+
+    def scale(self, factors: Mapping[str, float]) -> None:
+        """See ``Engine``."""
+        scale_parameters(self.model, factors)
 
     def restore(self, shards: list[Shard], *, updates: int) -> None:
         """See ``Engine``."""

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -116,17 +117,18 @@ class Zero3Engine:
         self.engine.micro_steps += 1  # the boundary that ``engine.step`` would have passed
 
     @torch.no_grad()
-    def shards(self) -> list[Shard]:
+    def shards(self, *, moments: bool = True) -> list[Shard]:
         """See ``Engine``. DeepSpeed deals a parameter's elements evenly, in order, and pads the last part."""
         found = []
         parameters: dict[str, Any] = trained_by_name(self.model)  # DeepSpeed has hung things of its own on them
         for name, parameter in parameters.items():
-            self._moments(parameter)
             size = parameter.partition_numel()
             start = min(dist.rank() * size, parameter.ds_numel)
             kept = slice(0, min(size, parameter.ds_numel - start))
             values = {"value": safe_get_local_fp32_param(parameter)}
-            values |= {key: safe_get_local_optimizer_state(parameter, key) for key in MOMENTS}
+            if moments:
+                self._moments(parameter)
+                values |= {key: safe_get_local_optimizer_state(parameter, key) for key in MOMENTS}
             shape = tuple(parameter.ds_shape)
             found.append(Shard(name, shape, start, {key: value[kept] for key, value in values.items()}))
         return found
@@ -134,7 +136,6 @@ class Zero3Engine:
     @torch.no_grad()
     def restore(self, shards: list[Shard], *, updates: int) -> None:
         """See ``Engine``. The compute dtype's copies follow from the float32 masters, as after a step."""
-        zero = self.engine.optimizer
         parameters: dict[str, Any] = trained_by_name(self.model)
         for (name, parameter), shard in zip(parameters.items(), shards, strict=True):
             assert name == shard.name
@@ -145,6 +146,21 @@ class Zero3Engine:
             safe_set_local_fp32_param(parameter, padded["value"])
             for key in MOMENTS:
                 safe_set_local_optimizer_state(parameter, padded[key], key)
+        self._copies_follow()
+
+    @torch.no_grad()
+    def scale(self, factors: Mapping[str, float]) -> None:
+        """See ``Engine``."""
+        parameters: dict[str, Any] = trained_by_name(self.model)
+        for name, factor in factors.items():
+            # Not in place: where the optimizer's state is offloaded, what one gets is a copy.
+            scaled = safe_get_local_fp32_param(parameters[name]) * factor
+            safe_set_local_fp32_param(parameters[name], scaled)
+        self._copies_follow()
+
+    def _copies_follow(self) -> None:
+        """Makes the compute dtype's copies, and those of parameters that are kept whole, from the float32 masters."""
+        zero = self.engine.optimizer
         zero._partition_all_parameters()
         for number in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(number)

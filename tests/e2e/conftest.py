@@ -22,6 +22,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         folder,
         folder / "base",
         folder / "unused",
+        adapter={"interference_budget": 0.005},
         train={"max_steps": 6},
         evaluation={
             "adaptation": task,

@@ -157,7 +157,7 @@ def test_too_little_room_is_said_before_anything_is_written(
     monkeypatch.setattr("nslora_dist.plan.check._available", lambda local: 1e3)
     assert fails().startswith("load: needs about ")
     message = fails(calibrate=True, output=tmp_path / "calibration")
-    assert [path.name for path in (tmp_path / "calibration").iterdir()] == ["recipe.yaml"]
+    assert sorted(path.name for path in (tmp_path / "calibration").iterdir()) == ["logs", "recipe.yaml"]
     assert message.startswith("calibrate: needs about ") and "of host memory, 1 kB are free" in message
     monkeypatch.undo()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
@@ -186,8 +186,12 @@ def test_a_damaged_null_space_is_not_silently_made_again(fails: Fails, single_ru
         file.truncate(1000)
     before = contents(copy)
     assert "null_space.safetensors" in fails(output=copy)
-    before.pop("recipe.yaml")  # claiming the folder writes it again, with the folder's own name in it
-    assert {name: hash_ for name, hash_ in contents(copy).items() if name != "recipe.yaml"} == before
+    # Claiming the folder writes the recipe again, with the folder's own name in it, and the log goes on.
+    volatile = {"recipe.yaml", "logs/rank-0.log"}
+    kept = {name: hash_ for name, hash_ in contents(copy).items() if not name.startswith("logs/.")}
+    assert {name: kept[name] for name in kept.keys() - volatile} == {
+        name: before[name] for name in before.keys() - volatile
+    }
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,12 @@ def check_run(folder: Path, *, engine: str, ranks: int) -> None:
     assert len(interference["per_module"]) == MODULES
     assert interference["max"] == pytest.approx(max(interference["per_module"].values()), rel=1e-6)
     assert 0 < interference["mean"] <= interference["max"]
+    assert interference["budget"] == {"limit": 0.005, "over": "module", "final": pytest.approx(0.005, rel=1e-6)}
+    assert interference["max"] == pytest.approx(0.005, rel=1e-4)
+    for name in ("report.md", "adapter/README.md"):
+        assert "within a budget of 0.005 for every module" in (folder / name).read_text()
+    assert "budget" not in report["interference_by_arm"]["lora"]
+    assert "budget" not in (folder / "baselines/lora/README.md").read_text()
     assert interference["by_source"].keys() == {"a", "b"}
     assert interference["by_probe"].keys() == {"p"}
     assert 0 <= report["leak"]["calibration"] < report["leak"]["random"]
@@ -63,7 +69,8 @@ def check_run(folder: Path, *, engine: str, ranks: int) -> None:
     assert not (folder / "baselines/lora/update_grams.safetensors").exists()
     for name in ("report.md", "recipe.yaml", "plots/loss.png", "plots/spectrum.png", "plots/interference.png"):
         assert (folder / name).stat().st_size > 0
-    assert list((folder / "tensorboard").rglob("events.*"))
+    events = {path.parent.name: path.read_bytes() for path in (folder / "tensorboard").rglob("events.*")}
+    assert {name for name, written in events.items() if b"interference_budget/spent" in written} == {"null_space"}
 
 
 def check_null_space(folder: Path) -> dict[str, Any]:
@@ -101,7 +108,7 @@ def test_calibrate_alone_then_torchrun_fsdp2_reuses_it(
     folder = world.folder / "fsdp2"
     ended = launch(sys.executable, "launch/calibrate.py", f"output_dir={folder}")
     assert ended.status == 0, ended.errors
-    assert sorted(path.name for path in folder.iterdir()) == ["null_space", "recipe.yaml"]
+    assert sorted(path.name for path in folder.iterdir()) == ["logs", "null_space", "recipe.yaml"]
     check_null_space(folder)
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (folder / "null_space").iterdir()}
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from faults.hosts import host_outcomes, host_summary
 from faults.jobs import Zygote
 from faults.kill import FULL, Range, figures, outcomes, summary
 from helpers.launching import ROOT, World
@@ -56,13 +57,14 @@ def killing(zygote: Zygote, fault_world: World) -> Range:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Prints the figures, and keeps them where all cases were tried."""
-    if not outcomes:
+    if not outcomes and not host_outcomes:
         return
-    table = summary(outcomes)
+    tables = ([summary(outcomes)] if outcomes else []) + ([host_summary(host_outcomes)] if host_outcomes else [])
+    table = "\n\n".join(tables)
     terminalreporter.write_line("")
     terminalreporter.write_line(table)
     if FULL:
         path = ROOT / "build" / "faults.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(figures(outcomes))
+        path.write_text(figures(outcomes, hosts=[o.as_json() for o in host_outcomes]))
         terminalreporter.write_line(f"\n{path}")

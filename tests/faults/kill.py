@@ -325,10 +325,16 @@ def all_cases() -> list[Case]:
     return cases
 
 
-def figures(outcomes: list[Outcome]) -> str:
-    """The file of figures: a run a line."""
-    runs = ",\n".join(json.dumps(outcome.as_json()) for outcome in outcomes)
-    return f'{{"summary": {json.dumps(summary(outcomes).splitlines(), indent=1)},\n"runs": [\n{runs}\n]}}\n'
+def figures(outcomes: list[Outcome], **more: Any) -> str:
+    """The file of figures, a run a line; ``more`` are other keys, values or lists of them."""
+    parts = {"summary": summary(outcomes).splitlines(), "runs": [outcome.as_json() for outcome in outcomes]} | more
+    lines = [
+        f"{json.dumps(key)}: [\n" + ",\n".join(map(json.dumps, value)) + "\n]"
+        if isinstance(value, list)
+        else f"{json.dumps(key)}: {json.dumps(value)}"
+        for key, value in parts.items()
+    ]
+    return "{" + ",\n".join(lines) + "}\n"
 
 
 def phase_of(place: str) -> str:

@@ -12,6 +12,7 @@ from helpers.stages import started
 from helpers.world import make_recipe, zero_config
 from nslora_dist import dist
 from nslora_dist.adapter import adapted_linears
+from nslora_dist.budget import Budget
 from nslora_dist.checkpoint import Checkpoints, identity
 from nslora_dist.data import Batch, TrainingData
 from nslora_dist.engines import Engine
@@ -91,6 +92,7 @@ def resume(layout: str, world: Path, name: str, start: Path | None, changes: dic
                 device=stage.run.device,
                 scalars=scalars,
                 checkpoints=checkpoints,
+                budget=Budget.of(stage.engine, recipe.adapter, device=stage.run.device),
             )
         factors = _factors(stage.engine)
     return Resumed(trained, factors, seen, checkpoints.history)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nslora_dist import dist
 from nslora_dist.arm_job import Arm
+from nslora_dist.budget import Budget
 from nslora_dist.calibration import store
 from nslora_dist.calibration.store import NullSpace
 from nslora_dist.calibration.weights import WeightNullSpace
@@ -45,7 +46,9 @@ class Stage:
     def train(self) -> Trained:
         """The whole training."""
         with Scalars(self.run.folder / "tensorboard") as scalars:
-            return train(self.engine, self.data, self.recipe.train, device=self.run.device, scalars=scalars)
+            budget = Budget.of(self.engine, self.recipe.adapter, device=self.run.device)
+            here = {"device": self.run.device, "scalars": scalars, "budget": budget}
+            return train(self.engine, self.data, self.recipe.train, **here)
 
     def interference(self) -> dict[str, dict[str, Tensor]]:
         """name → module → ‖ΔW X‖ / ‖W X‖ as the pipeline reports it at the end."""

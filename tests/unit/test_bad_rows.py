@@ -276,7 +276,7 @@ def test_calibration_and_evaluation_have_their_counts(tmp_path: Path, caplog: py
         "adaptation": RowCounts(4, {"null": 1}, duplicates=1, too_long=1, left_out=1),
         "retention.old": RowCounts(1),
     }
-    counts = {"rows": 4, "bad_rows": 1, "bad_rows_null": 1, "duplicates": 1, "too_long": 0, "left_out": 0}
+    counts = {"rows": 4, "bad_rows": 1, "bad_rows_null": 1, "duplicates": 1, "too_long": 1, "left_out": 1}
     assert sets.counts["adaptation"].facts() == counts
 
 

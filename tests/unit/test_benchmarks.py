@@ -24,7 +24,9 @@ TOYS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["--engines", "fsdp2", "--cases", "nf4"],
         ("bytes_load_bound_nf4_fsdp2", "load_peak_over_bound_nf4", "load_peak_over_model_nf4"),
     ),
+    "budget": ([], ("budget_share_of_step_bound", "budget_share_of_step_free", "tokens_for_one_percent_bound")),
     "scaling": (["--ranks", "1"], ("calibration_memory_depth_ratio", "seconds_step_1ranks_2blocks")),
+    "checkpoint": ([], ("seconds_training_waits", "wait_over_whole", "seconds_to_take_it_up")),
     "merging": ([], ("saved_memory_over_dense_k2_r4", "step_time_over_dense_k2_r8", "bytes_updates_growth_factored")),
     "merging_tasks": ([], ("retention_lora_arithmetic_0.5", "retention_shared_a_gram", "rms_interference_lora_ties_1")),
     "gpu": (

@@ -244,6 +244,7 @@ def test_model_card(tmp_path: Path) -> None:
         "interference": {
             "max": 0.0812,
             "mean": 0.04,
+            "budget": {"limit": 0.08, "over": "module", "final": 0.07999999},
             "by_source": {"facts": {"max": 0.07, "mean": 0.03}},
             "by_probe": {"news": {"max": 0.21, "mean": 0.11}},
         },
@@ -265,6 +266,7 @@ def test_model_card(tmp_path: Path) -> None:
         "| facts | source | facts.jsonl | 64 | 4096 | 1.0 |",
         "| news | probe | news.jsonl | – | 2048 | – |",
         "| held-out texts | 0.00024 |",
+        "a budget of 0.08 for every module, on the calibration mixture; at the end the largest module's is 0.08 ",
         "| calibration mixture | 0.0812 | 0.04 |",
         "| news | 0.21 | 0.11 |",
         r"|  | task accuracy | knowledge retention | facts | sum\|max |",

@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from nslora_dist.base_config import load_config, planning_config
+from nslora_dist.checkpoint import identity
 from nslora_dist.dry_run import describe
 from nslora_dist.errors import UserError
 from nslora_dist.recipe import Recipe
@@ -113,6 +114,16 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
         ({"adapter": {"method": "null_lora", "null_threshold": 1.0}}, "adapter.null_threshold"),
         ({"adapter": {"null_dim": 32}}, "null_dim is for method 'null_lora'"),
         ({"adapter": {"method": "lora", "null_threshold": 0.2}}, "null_threshold is for method 'null_lora'"),
+        ({"adapter": {"interference_budget": 0.0}}, "adapter.interference_budget"),
+        ({"adapter": {"budget_over": "total"}}, "budget_over says what interference_budget is over: set that too"),
+        ({"adapter": {"interference_budget": 0.1, "budget_over": "all"}}, "adapter.budget_over"),
+        ({"adapter": {"interference_budget": 0.1, "form": "residual"}}, "form 'residual' has not: set method"),
+        ({"adapter": {"interference_budget": 0.1, "method": "lora"}}, "method 'lora' has not: set method: lora_null"),
+        (
+            {"adapter": {"interference_budget": 0.1, "method": "lora", "freeze_a": True}},
+            "method 'lora' has not: set method",
+        ),
+        ({"adapter": {"interference_budget": 0.1, "method": "null_lora"}}, "method 'null_lora' has not: set method"),
         ({"data": {"packing": True}, "base_model": {"attention": "eager"}}, "data.packing needs an attention"),
         ({"base_model": {"attention": "flash_attention_2", "dtype": "float32"}}, "base_model.dtype: bfloat16"),
         ({"data": {"template": "no place for it"}}, "must hold {prompt} exactly once"),
@@ -290,6 +301,16 @@ def test_baselines_of_another_method_drop_the_keys_of_the_recipes_own(tmp_path: 
     assert (recipe.arm_name, recipe.arm("activations").adapter.a_is_frozen) == ("null_lora", True)
     assert recipe.arm("plain").adapter.null_threshold == 0.1
     assert "that name is taken" in complaint(tmp_path, adapter=mine, evaluation={"baselines": {"null_lora": {}}})
+
+
+def test_a_budget_is_the_method_s_own_and_part_of_what_a_checkpoint_belongs_to(tmp_path: Path) -> None:
+    arms = {"plain": {"adapter": {"method": "lora"}}, "free": {"adapter": {"interference_budget": None}}}
+    mine = {"interference_budget": 0.05, "budget_over": "module"}
+    recipe = load_recipe(write(tmp_path, adapter=mine, evaluation={"baselines": arms}))
+    assert recipe.arm("plain").adapter.interference_budget is recipe.arm("free").adapter.interference_budget is None
+    total = load_recipe(write(tmp_path, adapter=mine | {"budget_over": "total"}, evaluation={"baselines": arms}))
+    assert identity(recipe, {}) != identity(total, {})
+    assert identity(recipe, {}) != identity(recipe.arm("free"), {})
 
 
 def test_alpha_defaults_to_the_rank(tmp_path: Path) -> None:

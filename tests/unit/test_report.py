@@ -216,6 +216,16 @@ def test_scalars_can_be_read_back(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 2.0), (2, 1.5)]
 
 
+def test_the_budget_is_reported_where_there_was_one(tmp_path: Path, full: dict[str, Any]) -> None:
+    write_report(tmp_path / "free", full)
+    assert "budget" not in (tmp_path / "free" / "report.md").read_text()
+    full["interference"]["budget"] = {"limit": 0.05, "over": "total", "final": 0.0432}
+    write_report(tmp_path / "bound", full)
+    text = (tmp_path / "bound" / "report.md").read_text()
+    assert "budget of 0.05 for the root mean square over modules" in text and "at the end that is 0.0432" in text
+    assert json.loads((tmp_path / "bound" / "report.json").read_text())["interference"] == full["interference"]
+
+
 def test_other_ranks_write_no_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "rank", lambda: 1)
     scalars = Scalars(tmp_path / "tensorboard")

@@ -151,7 +151,8 @@ def peers(**signs: tuple[int, float, bool]) -> Peers:
 
 def test_who_is_missing() -> None:
     assert peers(a=(5, 0, True), b=(5, 0, True)).lost(6.0) is None
-    assert "rank 1 is gone or stopped (no sign of life for 8 s)" in str(peers(a=(5, 0, True), b=(5, 8, True)).lost(6.0))
+    found = str(peers(a=(5, 0, True), b=(5, 8, True)).lost(6.0))
+    assert "rank 1 is gone, stopped or cut off (no sign of life for 8 s)" in found
     several = peers(a=(5, 0, True), b=(5, 8, True), c=(5, 7, True), d=(5, 9, True))
     assert str(several.lost(6.0)).startswith("ranks 1, 2 and 3 are gone")
     assert "rank 2 does not go on" in peers(a=(4, 0, True), b=(4, 0, True), c=(9, 0, False)).stalled()

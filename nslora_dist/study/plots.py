@@ -1,0 +1,158 @@
+"""The study's plots: frontiers with bands, both scores over the learning rate, forgetting against interference."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nslora_dist.plots import COLORS, MARKERS, STYLE
+from nslora_dist.study.analysis import Line, forgetting, grouped, of_calibration, relative_retention
+from nslora_dist.study.statistics import frontier
+
+if TYPE_CHECKING:  # matplotlib takes a second to import
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FINE = np.linspace(0.0, 1.0, 401)
+LOWEST = 1e-4
+"""Interference below it is drawn at it: the axis is logarithmic, and this is what float32 can tell apart."""
+
+
+def draw_study(folder: Path, lines: Sequence[Line]) -> list[Path]:
+    """Draws every plot that the lines have data for; gives the files in the order of the summary."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    looks = {arm: number for number, arm in enumerate(sorted({line["arm"] for line in lines}))}
+    drawn = []
+    for (size, task), own in grouped(lines, lambda line: (line["size"], line["task"])).items():
+        for calibration in dict.fromkeys(line["calibration"] for line in own):
+            chosen = of_calibration(own, calibration)
+            title = f"{size}, {task}, calibrated on {calibration}"
+            name = f"{size}_{task}_{calibration}"
+            for kind, draw in (("frontier", _frontiers), ("rates", _rates)):
+                drawn.append(folder / f"{kind}_{name}.png")
+                _save(drawn[-1], partial(draw, lines=chosen, looks=looks, title=title), width=11.0)
+    path = folder / "prediction.png"
+    _save(path, partial(_prediction, lines=lines, looks=looks), width=8.0)
+    probes = folder / "probes.png"
+    _save(probes, partial(_probes, lines=lines), width=8.0)
+    return [*drawn, path, probes]
+
+
+def _save(path: Path, draw: "Callable[[Figure], None]", *, width: float) -> None:
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]  # its stub wants every key as a literal
+        figure = Figure(figsize=(width, 4.8), layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(figure)
+        figure.savefig(path)
+
+
+def _look(number: int) -> dict[str, Any]:
+    # Colours run out before arms do: then the marker, and the line, tell them apart.
+    turn = number // len(COLORS)
+    return {
+        "color": COLORS[number % len(COLORS)],
+        "marker": MARKERS[(number + 3 * turn) % len(MARKERS)],
+        "linestyle": ("-", "--", ":")[turn % 3],
+    }
+
+
+def _panels(figure: "Figure", lines: Sequence[Line]) -> "dict[float, Axes]":
+    decays = sorted({float(line["weight_decay"]) for line in lines})
+    axes = figure.subplots(1, len(decays), sharey=True, squeeze=False)[0]
+    return dict(zip(decays, axes, strict=True))
+
+
+def most_kept(adaptation: Sequence[float], retention: Sequence[float], start: float) -> np.ndarray:
+    """At each of ``FINE``: the most retention to be had at so much adaptation; NaN where none is."""
+    points = frontier([start, *adaptation], [1.0, *retention])
+    found = np.full(len(FINE), np.nan)
+    for a, r in points:  # by falling adaptation, rising retention: later ones overwrite what they cover
+        found[a + 1e-9 >= FINE] = r
+    return found
+
+
+def _frontiers(figure: "Figure", lines: Sequence[Line], looks: Mapping[str, int], title: str) -> None:
+    for decay, axes in _panels(figure, lines).items():
+        here = [line for line in lines if float(line["weight_decay"]) == decay]
+        start = float(here[0]["base"]["adaptation"])
+        for arm, own in sorted(grouped(here, lambda line: line["arm"]).items()):
+            look = _look(looks[arm])
+            by_seed = [
+                most_kept([float(x["adaptation"]) for x in of], [relative_retention(x) for x in of], start)
+                for of in grouped(own, lambda line: line["seed"]).values()
+            ]
+            curves = np.nan_to_num(np.array(by_seed), nan=0.0)
+            if len(curves) > 1:
+                axes.fill_between(FINE, curves.min(0), curves.max(0), color=look["color"], alpha=0.12, linewidth=0)
+            rates = grouped(own, lambda line: line["learning_rate"]).values()
+            a = [float(np.mean([x["adaptation"] for x in of])) for of in rates]
+            r = [float(np.mean([relative_retention(x) for x in of])) for of in rates]
+            axes.plot(a, r, linestyle="none", marker=look["marker"], color=look["color"], markersize=5, label=arm)
+            axes.plot(FINE, most_kept(a, r, start), color=look["color"], linestyle=look["linestyle"], linewidth=1.3)
+        axes.set(xlabel="adaptation (task accuracy)", title=f"weight decay {decay:g}", xlim=(-0.02, 1.02))
+    axes_of = figure.axes
+    axes_of[0].set(ylabel="retention, of the base's", ylim=(-0.02, 1.04))
+    _legend(figure)
+    figure.suptitle(title)
+
+
+def _rates(figure: "Figure", lines: Sequence[Line], looks: Mapping[str, int], title: str) -> None:
+    for decay, axes in _panels(figure, lines).items():
+        here = [line for line in lines if float(line["weight_decay"]) == decay]
+        for arm, own in sorted(grouped(here, lambda line: line["arm"]).items()):
+            rates = dict(sorted(grouped(own, lambda line: float(line["learning_rate"])).items()))
+            look = _look(looks[arm])
+            for value, style in ((_task, ":"), (relative_retention, "-")):
+                found = [[value(x) for x in of] for of in rates.values()]
+                mean = [float(np.mean(of)) for of in found]
+                label = arm if style == "-" else None
+                axes.plot(list(rates), mean, linestyle=style, color=look["color"], marker=look["marker"], markersize=4)
+                axes.plot([], [], linestyle="-", color=look["color"], marker=look["marker"], label=label)
+                low, high = [min(of) for of in found], [max(of) for of in found]
+                axes.fill_between(list(rates), low, high, color=look["color"], alpha=0.1, linewidth=0)
+        axes.set(xscale="log", xlabel="learning rate", title=f"weight decay {decay:g}")
+    figure.axes[0].set(ylabel="retention (solid), adaptation (dotted)", ylim=(-0.02, 1.04))
+    _legend(figure)
+    figure.suptitle(title)
+
+
+def _task(line: Line) -> float:
+    return float(line["adaptation"])
+
+
+def _prediction(figure: "Figure", lines: Sequence[Line], looks: Mapping[str, int]) -> None:
+    axes = figure.subplots()
+    for arm, own in sorted(grouped(lines, lambda line: line["arm"]).items()):
+        x = [max(LOWEST, float(line["interference"]["calibration"]["rms"])) for line in own]
+        look = _look(looks[arm]) | {"linestyle": "none"}
+        axes.plot(x, [forgetting(line) for line in own], **look, markersize=4, alpha=0.7, label=arm)
+    axes.set(xscale="log", xlabel="interference on the calibration texts (rms over modules)", ylabel="forgetting")
+    axes.set_title("Forgetting, and what was measured before any evaluation")
+    _legend(figure)
+
+
+def _probes(figure: "Figure", lines: Sequence[Line]) -> None:
+    axes = figure.subplots()
+    for number, piece in enumerate(lines[0]["interference"]["probes"]):
+        x = [max(LOWEST, float(line["interference"]["probes"][piece]["rms"])) for line in lines]
+        look = _look(number) | {"linestyle": "none"}
+        axes.plot(x, [forgetting(line, piece) for line in lines], **look, markersize=4, alpha=0.7, label=piece)
+    axes.set(xscale="log", xlabel="interference on the probe (rms over modules)", ylabel="forgetting of that piece")
+    axes.set_title("Probe by probe")
+    _legend(figure)
+
+
+def _legend(figure: "Figure") -> None:
+    labelled: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        labelled |= dict(zip(labels, handles, strict=True))
+    figure.legend(handles=list(labelled.values()), labels=list(labelled), loc="outside right upper", fontsize=8)

@@ -1,0 +1,171 @@
+"""The study's arithmetic on plain arrays: frontiers, areas, bands, rank correlations, bootstrap intervals."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its 95% interval; None where nothing could be computed. ``share`` is of resamples that could."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    share: float = 1.0
+
+
+def frontier(adaptation: Sequence[float], retention: Sequence[float]) -> list[tuple[float, float]]:
+    """The points that no other beats in both, by falling adaptation: rising retention."""
+    best, found = -np.inf, []
+    for a, r in sorted(zip(adaptation, retention, strict=True), key=lambda point: (-point[0], -point[1])):
+        if r > best:
+            found.append((float(a), float(r)))
+            best = r
+    return found
+
+
+def area_under_frontier(adaptation: Sequence[float], retention: Sequence[float]) -> float:
+    """∫₀¹ (the most retention to be had at an adaptation of at least t) dt.
+
+    1 is an adapter that learns all and loses nothing; what no point reaches counts as 0.
+    """
+    area, before = 0.0, 0.0
+    for a, r in reversed(frontier(adaptation, retention)):  # by rising adaptation
+        area += (a - before) * r
+        before = a
+    return area
+
+
+def retention_at(adaptation: Array, retention: Array, *, target: float) -> float | None:
+    """The most retention among settings that reach the target; None where none does."""
+    reached = adaptation >= target - 1e-12
+    return float(retention[reached].max()) if bool(reached.any()) else None
+
+
+def over_seeds(
+    values: Array,
+    figure: Callable[[Array], float | None],
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """A figure of seed means, with the percentile interval over seeds drawn again with replacement.
+
+    The choice of a setting inside ``figure`` is made anew in every resample, so that its luck is in the interval.
+
+    Args:
+        values: (seeds, ...); ``figure`` takes the mean over the first axis.
+        figure: None where it cannot be computed.
+        draws: resamples.
+        seed: of the draws.
+    """
+    value = figure(values.mean(0))
+    if len(values) < 2:
+        return Interval(value, None, None, float(value is not None))
+    rng = np.random.default_rng(seed)
+    drawn = [figure(values[rng.integers(len(values), size=len(values))].mean(0)) for _ in range(draws)]
+    return _interval(value, drawn)
+
+
+def over_pairs(
+    x: Sequence[float],
+    y: Sequence[float],
+    figure: Callable[[Array, Array], float | None],
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+    clusters: Sequence[str] | None = None,
+) -> Interval:
+    """A figure of pairs, with the percentile interval over pairs drawn again, whole clusters at a time where given."""
+    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    value = figure(a, b)
+    names = [str(number) for number in range(len(a))] if clusters is None else list(clusters)
+    members: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        members.setdefault(name, []).append(place)
+    groups = [np.array(places) for places in members.values()]
+    if len(groups) < 2:
+        return Interval(value, None, None, float(value is not None))
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(draws):
+        chosen = np.concatenate([groups[number] for number in rng.integers(len(groups), size=len(groups))])
+        drawn.append(figure(a[chosen], b[chosen]))
+    return _interval(value, drawn)
+
+
+def _interval(value: float | None, drawn: Sequence[float | None]) -> Interval:
+    known = [one for one in drawn if one is not None]
+    if not known:
+        return Interval(value, None, None, 0.0)
+    low, high = np.percentile(known, [2.5, 97.5])
+    return Interval(value, float(low), float(high), len(known) / len(drawn))
+
+
+def ranks(values: Array) -> Array:
+    """Ranks from 1; equal values share the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    mean: Array = last - (counts - 1) / 2
+    return mean[inverse]
+
+
+def spearman(x: Array, y: Array) -> float | None:
+    """Rank correlation; None with fewer than three pairs, or where one side never changes."""
+    if len(x) < 3:
+        return None
+    a, b = ranks(x), ranks(y)
+    a, b = a - a.mean(), b - b.mean()
+    scale = float(np.sqrt((a * a).sum() * (b * b).sum()))
+    return float((a * b).sum()) / scale if scale > 0 else None
+
+
+def safe_below(interference: Array, forgetting: Array, *, lost: float, allowed: float) -> float | None:
+    """The largest interference up to which at most a share ``allowed`` of cells loses more than ``lost``.
+
+    Args:
+        interference: (cells,).
+        forgetting: (cells,).
+        lost: forgetting above this is a loss.
+        allowed: share; 0 asks for the last value before the first loss.
+
+    Returns:
+        One of the interferences seen; None where the lowest one loses already.
+    """
+    order = np.argsort(interference, kind="stable")
+    values, losses = interference[order], np.cumsum(forgetting[order] > lost)
+    # Cells of equal interference stand or fall together: only the last of them is asked.
+    ends = np.append(values[1:] > values[:-1], True) if len(values) else np.zeros(0, dtype=bool)
+    good = ends & (losses <= allowed * np.arange(1, len(values) + 1))
+    if allowed == 0.0:
+        good &= losses == 0
+    return float(values[good].max()) if bool(good.any()) else None
+
+
+def safe_band(rates: Sequence[float], adaptation: Array, retention: Array, *, learns: float, keeps: float) -> float:
+    """The longest stretch of learning rates, in decades, in which a method both learns and keeps.
+
+    Between the rates that were run, both curves are straight over the logarithm of the rate.
+
+    Args:
+        rates: ascending.
+        adaptation: (rates,).
+        retention: (rates,).
+        learns: least adaptation.
+        keeps: least retention.
+    """
+    at = np.log10(np.asarray(rates, dtype=np.float64))
+    fine = np.linspace(at[0], at[-1], 4001) if len(at) > 1 else at
+    good = (np.interp(fine, at, adaptation) >= learns - 1e-9) & (np.interp(fine, at, retention) >= keeps - 1e-9)
+    longest, start = 0.0, None
+    for place, one in enumerate([*good.tolist(), False]):
+        if one and start is None:
+            start = place
+        if not one and start is not None:
+            longest, start = max(longest, float(fine[place - 1] - fine[start])), None
+    return longest

@@ -1,0 +1,34 @@
+"""Ranks that torchrun starts again meet in the store in which those before them met."""
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+import torch.distributed as torch_dist
+
+from nslora_dist.dist import _of_this_start
+
+
+def start(store: torch_dist.Store, world: int) -> list[torch_dist.Store]:
+    """What every rank of one start finds."""
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(lambda rank: _of_this_start(store, rank, world, 60.0), range(world)))
+
+
+def test_restarted_ranks_find_nothing_of_those_before() -> None:
+    store = torch_dist.HashStore()
+    for world in (3, 3, 2, 4):  # machines come and go
+        parts = start(store, world)
+        assert not any(part.check(["address"]) for part in parts)
+        parts[0].set("address", str(world))
+        assert [part.get("address") for part in parts] == [str(world).encode()] * world
+
+
+def test_a_rank_that_never_comes() -> None:
+    store = torch_dist.HashStore()
+    start(store, 2)  # whoever came then does not count
+    with pytest.raises(RuntimeError, match="1 of them came within 0 s"):
+        _of_this_start(store, 0, 2, 0.1)
+    store.set_timeout(timedelta(seconds=0.1))
+    with pytest.raises(RuntimeError):
+        _of_this_start(store, 1, 2, 0.1)

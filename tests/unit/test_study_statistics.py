@@ -1,0 +1,118 @@
+"""The study's arithmetic against slower or other ways to the same numbers."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nslora_dist.study.statistics import (
+    area_under_frontier,
+    frontier,
+    over_pairs,
+    over_seeds,
+    ranks,
+    retention_at,
+    safe_band,
+    safe_below,
+    spearman,
+)
+
+shares = st.integers(0, 50).map(lambda n: n / 50)
+points = st.lists(st.tuples(shares, shares), min_size=1, max_size=12)
+
+
+@given(points)
+def test_area_is_the_integral_of_what_can_be_kept(drawn: list[tuple[float, float]]) -> None:
+    a, r = zip(*drawn, strict=True)
+    # All steps are at multiples of 1/50, so that the middle of each cell has the cell's value.
+    middles = [(k + 0.5) / 50 for k in range(50)]
+    slow = sum(max((y for x, y in drawn if x >= t), default=0.0) for t in middles) / 50
+    assert area_under_frontier(a, r) == pytest.approx(slow)
+
+
+@given(points)
+def test_no_point_beats_one_of_the_frontier(drawn: list[tuple[float, float]]) -> None:
+    a, r = zip(*drawn, strict=True)
+    kept = frontier(a, r)
+    assert set(kept) <= set(drawn)
+    for x, y in drawn:
+        assert any(fx >= x and fy >= y for fx, fy in kept)
+    assert not [p for p in kept for q in kept if p != q and q[0] >= p[0] and q[1] >= p[1]]
+
+
+def test_retention_at_takes_the_best_that_reaches_the_target() -> None:
+    a, r = np.array([0.2, 0.95, 0.97]), np.array([1.0, 0.4, 0.6])
+    assert retention_at(a, r, target=0.95) == 0.6
+    assert retention_at(a, r, target=0.1) == 1.0
+    assert retention_at(a, r, target=0.98) is None
+
+
+def test_ranks_share_ties() -> None:
+    assert ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1.0, 3.5, 2.0]
+
+
+@given(st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=3, max_size=20))
+def test_spearman_is_the_correlation_of_ranks(pairs: list[tuple[int, int]]) -> None:
+    x, y = (np.array(values, dtype=float) for values in zip(*pairs, strict=True))
+    found = spearman(x, y)
+    if len(set(x)) == 1 or len(set(y)) == 1:
+        assert found is None
+        return
+    assert found == pytest.approx(float(np.corrcoef(ranks(x), ranks(y))[0, 1]))
+    assert found == pytest.approx(spearman(np.exp(x), y**3))  # only the order counts
+
+
+def test_safe_below_ends_before_the_first_loss_or_where_losses_are_few() -> None:
+    x = np.array([0.1, 0.2, 0.3, 0.4, 0.5])
+    y = np.array([0.0, 0.0, 0.5, 0.0, 0.5])
+    assert safe_below(x, y, lost=0.01, allowed=0.0) == 0.2
+    assert safe_below(x, y, lost=0.01, allowed=0.25) == 0.4  # one loss in four
+    assert safe_below(x, y, lost=0.6, allowed=0.0) == 0.5
+    assert safe_below(x, y - 1 + 2, lost=0.01, allowed=0.0) is None
+    # Of two cells with one interference, of which one loses, neither is safe.
+    assert safe_below(np.array([0.1, 0.2, 0.2]), np.array([0.0, 0.0, 1.0]), lost=0.01, allowed=0.0) == 0.1
+
+
+def test_safe_band_is_the_longest_stretch_in_decades() -> None:
+    rates = [1e-4, 1e-3, 1e-2, 1e-1]
+    whole = safe_band(rates, np.ones(4), np.ones(4), learns=0.9, keeps=0.9)
+    assert whole == pytest.approx(3.0)
+    # Learns from the middle of the first decade on, keeps to the middle of the last.
+    half = safe_band(rates, np.array([0, 1, 1, 1.0]), np.array([1, 1, 1, 0.0]), learns=0.5, keeps=0.5)
+    assert half == pytest.approx(2.0, abs=2e-3)
+    assert safe_band(rates, np.array([1, 0, 1, 1.0]), np.ones(4), learns=0.5, keeps=0.5) == pytest.approx(1.5, abs=2e-3)
+    assert safe_band(rates, np.zeros(4), np.ones(4), learns=0.5, keeps=0.5) == 0.0
+    assert safe_band([1e-3], np.ones(1), np.ones(1), learns=0.5, keeps=0.5) == 0.0
+
+
+def test_intervals_over_seeds_choose_anew() -> None:
+    # Setting 0 is best for one seed, setting 1 for the other two: the choice changes between resamples.
+    values = np.array([[0.9, 0.1], [0.2, 0.5], [0.2, 0.5]])
+    found = over_seeds(values, lambda mean: float(mean.max()), draws=400)
+    assert found.value == pytest.approx(1.3 / 3)
+    assert found.low is not None and found.high is not None
+    assert found.low == pytest.approx((0.9 + 0.4) / 3) and found.high == pytest.approx(0.9)
+    again = over_seeds(values, lambda mean: float(mean.max()), draws=400)
+    assert again == found
+    alone = over_seeds(values[:1], lambda mean: float(mean.max()))
+    assert (alone.value, alone.low, alone.high) == (0.9, None, None)
+
+
+def test_intervals_over_seeds_say_how_often_there_was_none() -> None:
+    found = over_seeds(np.array([[0.0], [1.0]]), lambda mean: 1.0 if mean[0] > 0.4 else None, draws=2000)
+    assert found.value == 1.0
+    assert found.share == pytest.approx(0.75, abs=0.05)  # all but the draws of the first seed twice
+
+
+def test_intervals_over_clusters_are_wider_than_over_pairs_that_repeat() -> None:
+    rng = np.random.default_rng(0)
+    x, y = np.repeat(rng.normal(size=8), 10), np.repeat(rng.normal(size=8), 10)
+    names = [f"{number}" for number in np.repeat(np.arange(8), 10)]
+    alone = over_pairs(x.tolist(), y.tolist(), spearman, draws=300)
+    together = over_pairs(x.tolist(), y.tolist(), spearman, draws=300, clusters=names)
+    assert alone.value == together.value
+    assert alone.low is not None and alone.high is not None and together.low is not None and together.high is not None
+    assert together.high - together.low > 1.5 * (alone.high - alone.low)
+    assert not math.isnan(together.low)
