@@ -54,7 +54,7 @@ def test_asked_to_stop(killing: Range, engine: str, phase: str, rank: int) -> No
         assert statuses == {EXIT_PREEMPTED}, (place, job.errors(0), job.errors(1))
         assert len(said) == 1 and "as asked; the same command continues" in said[0], said
     else:
-        assert phase in ("export", "report"), place
+        assert place.startswith(("export", "report", "starting")), place  # a quicker machine was past the phase
     job, output = killing.start(engine, name)
     finished(job.wait())
     assert not compare(results(output), killing.reference(engine).result)
