@@ -22,7 +22,7 @@ from faults.test_bytes import make_adapter, make_null_space, make_weight_null_sp
 from helpers.merge_world import recipe as merge_recipe
 from helpers.nasty import TEXTS, as_json, leaves, mutated, safetensors_file, spoiled, values
 from helpers.world import make_base
-from nslora_dist import artifacts
+from nslora_dist import artifacts, manifests
 from nslora_dist.base_config import load_config
 from nslora_dist.base_files import Checkpoint
 from nslora_dist.base_model import build_empty
@@ -175,7 +175,7 @@ def resealed(path: Path) -> Any:
 def test_manifests_that_prove_themselves(stored: Path, data: st.DataObject, weights: bool, files: bool) -> None:
     """Whoever writes a manifest can seal it as well: then its contents still have to be what is read of them."""
     folder, kind = (stored / "weights", WeightNullSpace) if weights else (stored / "null_space", store.NullSpace)
-    path = folder / artifacts.MANIFEST
+    path = folder / manifests.MANIFEST
     whole = path.read_bytes()
     tree = resealed(path)
     changed = data.draw(mutated(tree) if files else mutated({k: v for k, v in tree.items() if k != "files"}))
