@@ -48,6 +48,8 @@ def record(folder: Path, rank: int, output: str, strike: dict[str, Any] | None) 
         write(struck=strike["victim"], place=place)
         if strike["victim"] in ("self", "launcher"):
             os.kill(os.getpid() if strike["victim"] == "self" else launcher, signal.SIGKILL)
+        elif strike["victim"].startswith("SIG"):
+            os.kill(os.getpid(), signal.Signals[strike["victim"]])
         else:
             spoil(strike["victim"], Path(output), Path(path))
 

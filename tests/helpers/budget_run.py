@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helpers.resume_run import recipe_of
+from helpers.resume_run import checkpoints_of, recipe_of
 from helpers.stages import started
 from helpers.world import zero_config
 from nslora_dist import dist
 from nslora_dist.adapter import adapted_linears
 from nslora_dist.budget import Budget
 from nslora_dist.calibration.store import MIXTURE
-from nslora_dist.checkpoint import Checkpoints, identity
 from nslora_dist.data import Batch
 from nslora_dist.engines import Engine
 from nslora_dist.report import Scalars
@@ -87,12 +86,7 @@ def _train(layout: str, world: Path, name: str, changes: dict[str, Any]) -> Budg
             return deal(step, rank=rank, world_size=world_size)
 
         stage.data.micro_batches = micro_batches  # type: ignore[method-assign]
-        checkpoints = Checkpoints(
-            folder / "checkpoints",
-            recipe.checkpoint,
-            belongs_to=identity(recipe, {"base": "b", "rows": stage.data.hash, "start": None}),
-            engine=recipe.engine.name,
-        )
+        checkpoints = checkpoints_of(stage, folder)
         checkpoints.look()
         budget = Budget.of(stage.engine, recipe.adapter, device=stage.run.device)
         with Scalars(folder / "tensorboard", start=checkpoints.step) as scalars:

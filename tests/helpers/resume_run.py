@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helpers.stages import started
+from helpers.stages import Stage, started
 from helpers.world import make_recipe, zero_config
 from nslora_dist import dist
 from nslora_dist.adapter import adapted_linears
@@ -65,6 +65,16 @@ def recipe_of(layout: str, world: Path, output: Path, changes: dict[str, Any]) -
     )
 
 
+def checkpoints_of(stage: Stage, folder: Path) -> Checkpoints:
+    """The checkpoints of a stage's training in a run folder."""
+    return Checkpoints(
+        folder / "checkpoints",
+        stage.recipe.checkpoint,
+        belongs_to=identity(stage.recipe, {"base": "b", "rows": stage.data.hash, "null_space": None}),
+        engine=stage.recipe.engine.name,
+    )
+
+
 def resume(layout: str, world: Path, name: str, start: Path | None, changes: dict[str, Any]) -> Resumed:
     """Trains to the end in ``world/name``, from the beginning or from a copy of the checkpoint ``start``."""
     folder = world / name
@@ -77,12 +87,7 @@ def resume(layout: str, world: Path, name: str, start: Path | None, changes: dic
     seen: dict[int, list[int]] = {}
     with started(recipe) as stage:
         _record(stage.data, seen)
-        checkpoints = Checkpoints(
-            folder / "checkpoints",
-            recipe.checkpoint,
-            belongs_to=identity(recipe, {"base": "b", "rows": stage.data.hash, "start": None}),
-            engine=recipe.engine.name,
-        )
+        checkpoints = checkpoints_of(stage, folder)
         checkpoints.look()
         with Scalars(folder / "tensorboard", start=checkpoints.step) as scalars:
             trained = train(
@@ -153,12 +158,7 @@ def skipping(layout: str, world: Path, name: str, bad: dict[int, str], changes: 
 
         stage.data.micro_batches = micro_batches  # type: ignore[method-assign]
         stage.engine.forward, stage.engine.backward = spoilt_forward, spoilt_backward  # type: ignore[method-assign]
-        checkpoints = Checkpoints(
-            folder / "checkpoints",
-            recipe.checkpoint,
-            belongs_to=identity(recipe, {"base": "b", "rows": stage.data.hash, "start": None}),
-            engine=recipe.engine.name,
-        )
+        checkpoints = checkpoints_of(stage, folder)
         trained, said, snapshots = None, "", {}
         step = stage.engine.step
 
