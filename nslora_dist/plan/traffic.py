@@ -2,7 +2,8 @@
 
 ``Traffic.bytes`` is the payload as a counter at the collective sees it: the whole gathered output of an all-gather, the
 whole input of a reduce-scatter, the tensor of an all-reduce, reduce or broadcast. What a rank then sends and receives
-follows from the ring algorithms (``sent``). Small Python objects (``dist.share``, ``dist.together``) are not counted.
+follows from the ring algorithms (``sent``). Small Python objects (``dist.share``, ``dist.together``) and single
+flags (``dist.stopping``, ``dist.everywhere``) are not counted.
 """
 
 from collections.abc import Iterable, Sequence

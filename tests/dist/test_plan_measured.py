@@ -57,7 +57,7 @@ class Collectives(TorchDispatchMode):
     def _count(self, name: str, tensors: list[torch.Tensor]) -> None:
         if name in ("wait_tensor", "_wrap_tensor_autograd"):
             return
-        if self.objects or name not in NAMES or tensors[0].dtype == torch.int64:
+        if self.objects or name not in NAMES or tensors[0].dtype in (torch.int64, torch.int32):  # objects' sizes, flags
             self.others += 1
             return
         size = max(t.numel() * t.element_size() for t in tensors)
