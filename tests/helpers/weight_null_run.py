@@ -5,7 +5,7 @@ from typing import Any
 
 from helpers.stages import CPU
 from helpers.world import make_recipe
-from nslora_dist import dist, pipeline
+from nslora_dist import arm_stage, dist
 from nslora_dist.calibration import weights
 from nslora_dist.errors import UserError
 from nslora_dist.pipeline import Run
@@ -92,12 +92,12 @@ class Started(Exception):
 def refused(world: Path, base: str, threshold: float) -> str:
     """The message that ended a whole run before anything was trained."""
     job = recipe(world, base, f"refused_{base}_{threshold}", null_threshold=threshold)
-    kept = pipeline.start_engine
+    kept = arm_stage.start_engine
 
     def start(*args: Any) -> Any:
         raise Started
 
-    pipeline.start_engine = start
+    arm_stage.start_engine = start
     try:
         Run(job, CPU).train()
     except UserError as error:
@@ -105,5 +105,5 @@ def refused(world: Path, base: str, threshold: float) -> str:
     except Started:
         return "an engine was started"
     finally:
-        pipeline.start_engine = kept
+        arm_stage.start_engine = kept
     return "no error"
