@@ -279,14 +279,10 @@ def barrier() -> None:
 
 def stopping() -> bool:
     """Whether any rank was asked to stop; collective, for boundaries where all of them can."""
-    mine = watch.stop_asked()
-    if world_size() == 1:
-        return mine
-    asked = torch.tensor([int(mine)], dtype=torch.int32)  # on the CPU, over gloo, whatever the device
-    dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-    if asked.item() and not mine:
+    asked = not everywhere(not watch.stop_asked())
+    if asked and not watch.stop_asked():
         watch.ask_stop("another rank")
-    return bool(asked.item())
+    return asked
 
 
 @contextmanager
