@@ -1,4 +1,4 @@
-"""From cells' lines to the figures of the summary: frontiers by method, and forgetting against interference."""
+"""From cells' lines to the figures of the summary: frontiers by method, and curves along anything else."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -6,24 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from nslora_dist.study.spec import AGGREGATES, PIECES
+from nslora_dist.study.spec import Study
 from nslora_dist.study.statistics import (
     Array,
-    Interval,
     area_under_frontier,
-    over_pairs,
     over_seeds,
     retention_at,
     safe_band,
-    safe_below,
-    spearman,
 )
 
 Line = dict[str, Any]
 SHARES = (0.95, 0.99)
-LOST = 0.01
-"""Of relative retention: more than this is a loss."""
-ALLOWED = (0.0, 0.05)
 KEEPS = 0.95
 
 
@@ -53,22 +46,25 @@ def grouped(lines: Iterable[Line], key: Callable[[Line], Any]) -> dict[Any, list
     return found
 
 
-def analyse(lines: Sequence[Line], *, draws: int = 1000) -> dict[str, Any]:
+def analyse(lines: Sequence[Line], study: Study, *, draws: int = 1000) -> dict[str, Any]:
     """Every figure of the summary, as plain JSON.
 
     Args:
-        lines: of all cells.
+        lines: of all cells, with their ``grids``.
+        study: whose cells they are.
         draws: bootstrap resamples.
 
     Returns:
         ``cells``; ``settings``, one entry a size, task and calibration (an arm that no calibration shapes stands in
-        each), with the best adaptation of all and every variant's figures; ``prediction``.
+        each), with the best adaptation of all and the figures of every arm and variant; ``curves``, one entry a grid
+        that varies something else than the method, size and task.
     """
+    methods = [line for line in lines if any(study.grids[grid].along is None for grid in line["grids"])]
     settings = []
-    for (size, task), own in grouped(lines, lambda line: (line["size"], line["task"])).items():
+    for (size, task), own in grouped(methods, lambda line: (line["size"], line["task"])).items():
         calibrations = list(dict.fromkeys(line["calibration"] for line in own))
         # One yardstick for all calibrations of a task: the best that any arm learned, on average over its seeds.
-        best = max(float(m["adaptation"]) for m in _points(own))
+        best = max(float(m["adaptation"]) for m in points(own))
         for calibration in calibrations:
             chosen = of_calibration(own, calibration)
             settings.append(
@@ -78,13 +74,61 @@ def analyse(lines: Sequence[Line], *, draws: int = 1000) -> dict[str, Any]:
                     "calibration": calibration,
                     "best_adaptation": best,
                     "base": own[0]["base"],
+                    "arms": {
+                        name: _arm(found, best=best, draws=draws)
+                        for name, found in sorted(grouped(chosen, lambda line: line["arm"]).items())
+                    },
                     "variants": {
                         name: _variant(found, best=best, draws=draws)
                         for name, found in sorted(grouped(chosen, variant).items())
                     },
                 }
             )
-    return {"cells": len(lines), "settings": settings, "prediction": predict(lines, draws=draws)}
+    return {
+        "cells": len(lines),
+        "settings": settings,
+        "curves": curves(lines, study),
+    }
+
+
+def curves(lines: Sequence[Line], study: Study) -> list[dict[str, Any]]:
+    """Of each grid that runs along something: its ``points``, and for a dial how ``monotone`` it is."""
+    found = []
+    for name, grid in study.grids.items():
+        here = [line for line in lines if name in line["grids"]]
+        if grid.along is not None:
+            for own in grouped(here, lambda line: (line["size"], line["task"])).values():
+                found.append({"grid": name} | _curve(own, grid.along))
+    return found
+
+
+def _curve(lines: Sequence[Line], along: str) -> dict[str, Any]:
+    of_value = grouped(lines, lambda line: value_along(line, along))
+    inner = [
+        {"value": value} | point
+        for value in sorted(of_value, key=lambda value: (isinstance(value, str), value))
+        for point in points(of_value[value])
+    ]
+    curve = {"along": along, "points": inner} | {key: lines[0][key] for key in ("size", "task", "base")}
+    if along == "budget":
+        of_rate = grouped(inner, lambda point: point["learning_rate"]).values()
+        curve["monotone"] = {
+            score: max(reversals(own, score) for own in of_rate) for score in ("retention", "adaptation")
+        }
+    return curve
+
+
+def value_along(line: Line, along: str) -> Any:
+    """Where a line stands in its grid; no budget is an endless one."""
+    return (line["budget"] or float("inf")) if along == "budget" else line[along]
+
+
+def reversals(along: Sequence[Mapping[str, Any]], score: str) -> float:
+    """The most by which a score moves against a growing budget: retention up, or adaptation down; 0 is monotone."""
+    values = [float(point[score]) for point in along]
+    sign = 1.0 if score == "retention" else -1.0
+    pairs = [sign * (later - first) for place, first in enumerate(values) for later in values[place + 1 :]]
+    return max([0.0, *pairs])
 
 
 def of_calibration(lines: Iterable[Line], calibration: str) -> list[Line]:
@@ -105,7 +149,7 @@ def shaped(line: Line) -> bool:
     return line["method"] in ("lora_null", "corda")
 
 
-def _points(lines: Sequence[Line]) -> list[dict[str, float]]:
+def points(lines: Sequence[Line]) -> list[dict[str, Any]]:
     """Means over seeds, one a learning rate of a variant and calibration."""
     found = []
     for own in grouped(lines, lambda line: (variant(line), line["calibration"], line["learning_rate"])).values():
@@ -114,42 +158,63 @@ def _points(lines: Sequence[Line]) -> list[dict[str, float]]:
         found.append(
             {
                 "learning_rate": float(own[0]["learning_rate"]),
+                "weight_decay": float(own[0]["weight_decay"]),
                 "seeds": len(own),
                 "adaptation": float(task.mean()),
                 "retention": float(kept.mean()),
                 "adaptation_spread": float(task.std()),
                 "retention_spread": float(kept.std()),
                 "interference": float(np.mean([line["interference"]["calibration"]["rms"] for line in own])),
+                "retention_by": {
+                    piece: float(np.mean([line["retention_by"][piece] for line in own]))
+                    for piece in own[0]["retention_by"]
+                },
                 "diverged": sum(line["diverged"] is not None for line in own),
             }
         )
     return sorted(found, key=lambda point: float(point["learning_rate"]))
 
 
-def _variant(lines: Sequence[Line], *, best: float, draws: int) -> dict[str, Any]:
-    base = lines[0]["base"]
-    start = float(base["adaptation"])
-    points = _points(lines)
-    values = _by_seed(lines)  # (seeds, 2, rates): whole seeds alone
-
-    def area(mean: Array) -> float:
-        return area_under_frontier([start, *mean[0]], [1.0, *mean[1]])  # not to train at all is a setting, too
-
-    def kept_at(target: float) -> Interval:
-        return over_seeds(values, lambda mean: retention_at(mean[0], mean[1], target=target), draws=draws)
-
+def _arm(lines: Sequence[Line], *, best: float, draws: int) -> dict[str, Any]:
+    """An arm with all its settings, learning rates and weight decays alike: what tuning gets out of it."""
+    start = float(lines[0]["base"]["adaptation"])
+    values = _by_seed(lines)
+    chosen = _chosen(points(lines), target=SHARES[0] * best)
     figures: dict[str, Any] = {
-        "points": points,
         "seeds": len(values),
+        "settings": values.shape[-1],
         "method": lines[0]["method"],
         "matched": lines[0]["matched"],
         "rank": lines[0]["rank"],
         "trained_parameters": lines[0]["trained_parameters"],
+        "area": asdict(over_seeds(values, lambda mean: _area(mean, start), draws=draws)),
+        "retention_at": {
+            f"{share:g}": asdict(over_seeds(values, _kept_at(share * best), draws=draws)) for share in SHARES
+        },
+        "chosen": chosen,
+        "covered": lines[0]["covered"] if shaped(lines[0]) else [],
+    }
+    return figures
+
+
+def _kept_at(target: float) -> Callable[[Array], float | None]:
+    return lambda mean: retention_at(mean[0], mean[1], target=target)
+
+
+def _area(mean: Array, start: float) -> float:
+    return area_under_frontier([start, *mean[0]], [1.0, *mean[1]])  # not to train at all is a setting, too
+
+
+def _variant(lines: Sequence[Line], *, best: float, draws: int) -> dict[str, Any]:
+    own_points = points(lines)
+    values = _by_seed(lines)  # (seeds, 2, rates): whole seeds alone
+    own = _arm(lines, best=best, draws=draws)
+    del own["settings"]
+    return own | {
+        "points": own_points,
         "seconds": float(np.mean([line["seconds"] for line in lines])),
         "processor_seconds": float(np.mean([line["processor_seconds"] for line in lines])),
-        "best_adaptation": max(float(point["adaptation"]) for point in points),
-        "area": asdict(over_seeds(values, area, draws=draws)),
-        "retention_at": {f"{share:g}": asdict(kept_at(share * best)) for share in SHARES},
+        "best_adaptation": max(float(point["adaptation"]) for point in own_points),
         "band": safe_band(
             sorted({float(line["learning_rate"]) for line in lines if line["seed"] in _seeds(lines)}),
             *values.mean(0),
@@ -157,32 +222,26 @@ def _variant(lines: Sequence[Line], *, best: float, draws: int) -> dict[str, Any
             keeps=KEEPS,
         ),
     }
-    chosen = _chosen(points, target=SHARES[0] * best)
-    figures["chosen"] = chosen
-    if chosen is not None:
-        own = [line for line in lines if float(line["learning_rate"]) == chosen["learning_rate"]]
-        figures["chosen_by_piece"] = {
-            piece: float(np.mean([line["retention_by"][piece] for line in own])) for piece in lines[0]["retention_by"]
-        }
-        figures["covered"] = own[0]["covered"] if shaped(own[0]) else []
-    return figures
+
+
+def setting_of(line: Line) -> tuple[float, float]:
+    """What is tuned: weight decay and learning rate."""
+    return float(line["weight_decay"]), float(line["learning_rate"])
 
 
 def _seeds(lines: Sequence[Line]) -> list[int]:
-    """The seeds with every learning rate that any seed has; where there is none, the fullest one."""
-    rates = {line["learning_rate"] for line in lines}
-    by_seed = {
-        seed: {line["learning_rate"] for line in own} for seed, own in grouped(lines, lambda x: x["seed"]).items()
-    }
-    whole = [seed for seed, own in by_seed.items() if own == rates]
+    """The seeds with every setting that any seed has; where there is none, the fullest one."""
+    settings = {setting_of(line) for line in lines}
+    by_seed = {seed: {setting_of(line) for line in own} for seed, own in grouped(lines, lambda x: x["seed"]).items()}
+    whole = [seed for seed, own in by_seed.items() if own == settings]
     return whole or [max(by_seed, key=lambda seed: len(by_seed[seed]))]
 
 
 def _by_seed(lines: Sequence[Line]) -> Array:
-    """(seeds, 2, rates): adaptation and relative retention."""
+    """(seeds, 2, settings): adaptation and relative retention."""
     found = []
     for seed in _seeds(lines):
-        own = sorted((line for line in lines if line["seed"] == seed), key=lambda line: float(line["learning_rate"]))
+        own = sorted((line for line in lines if line["seed"] == seed), key=setting_of)
         found.append([[float(x["adaptation"]) for x in own], [relative_retention(x) for x in own]])
     return np.array(found)
 
@@ -191,61 +250,3 @@ def _chosen(points: Sequence[Mapping[str, Any]], *, target: float) -> Mapping[st
     """The setting that keeps most among those that reach the target."""
     reached = [point for point in points if float(point["adaptation"]) >= target - 1e-12]
     return max(reached, key=lambda point: float(point["retention"])) if reached else None
-
-
-def predict(lines: Sequence[Line], *, draws: int) -> dict[str, Any]:
-    """How interference on calibration texts goes with forgetting, by aggregate; and probe by probe.
-
-    Only cells whose texts exercise every piece that is asked take part in ``aggregates``: interference on text about
-    something else cannot tell. ``probes`` takes all cells, each probe with its own piece.
-    """
-    whole = [line for line in lines if set(line["covered"]) == set(PIECES)]
-    return {
-        "cells": len(whole),
-        "aggregates": {name: _aggregate(whole, name, draws=draws) for name in AGGREGATES} if whole else {},
-        "probes": _probes(lines, draws=draws),
-    }
-
-
-def _aggregate(lines: Sequence[Line], name: str, *, draws: int) -> dict[str, Any]:
-    lines = [line for line in lines if line["interference"]["calibration"][name] is not None]
-    x = [float(line["interference"]["calibration"][name]) for line in lines]
-    y = [forgetting(line) for line in lines]
-    where = [f"{line['size']}/{line['task']}/{line['arm']}/{line['weight_decay']}" for line in lines]
-    within = {}
-    for arm in dict.fromkeys(line["arm"] for line in lines):
-        own = [place for place, line in enumerate(lines) if line["arm"] == arm]
-        within[arm] = spearman(np.array(x)[own], np.array(y)[own])
-    known = [value for value in within.values() if value is not None]
-
-    def safe(allowed: float) -> Interval:
-        return over_pairs(x, y, lambda a, b: safe_below(a, b, lost=LOST, allowed=allowed), draws=draws, clusters=where)
-
-    return {
-        # Cells of one variant are alike: whole variants are drawn, or the interval would be too narrow.
-        "across": asdict(over_pairs(x, y, spearman, draws=draws, clusters=where)),
-        "within": within,
-        "within_mean": float(np.mean(known)) if known else None,
-        "safe_below": {f"{allowed:g}": asdict(safe(allowed)) for allowed in ALLOWED},
-    }
-
-
-def _probes(lines: Sequence[Line], *, draws: int) -> dict[str, Any]:
-    pairs = [
-        (piece, float(line["interference"]["probes"][piece]["rms"]), forgetting(line, piece), line["id"])
-        for line in lines
-        for piece in line["interference"]["probes"]
-    ]
-    everything = over_pairs(
-        [p[1] for p in pairs], [p[2] for p in pairs], spearman, draws=draws, clusters=[p[3] for p in pairs]
-    )
-    by_piece: dict[str, Any] = {}
-    for piece in dict.fromkeys(p[0] for p in pairs):
-        x, y = [p[1] for p in pairs if p[0] == piece], [p[2] for p in pairs if p[0] == piece]
-        by_piece[piece] = {
-            "spearman": asdict(over_pairs(x, y, spearman, draws=draws)),
-            "safe_below": asdict(
-                over_pairs(x, y, lambda a, b: safe_below(a, b, lost=LOST, allowed=ALLOWED[-1]), draws=draws)
-            ),
-        }
-    return {"all": asdict(everything), "by_piece": by_piece}

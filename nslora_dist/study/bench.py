@@ -41,6 +41,7 @@ class Bench:
         self.study, self.size, self.device = study, size, device
         self.folder = base_folder(study, size)
         self.checkpoint = Checkpoint(self.folder / "base")
+        self.base_hash = self.checkpoint.fingerprint()[:16]
         self.made: dict[str, Any] = {}
 
     def _once(self, key: tuple[Any, ...], make: Any) -> Any:

@@ -15,8 +15,8 @@ from nslora_dist.report import Scalars
 from nslora_dist.study.bench import EVALUATED_AT_ONCE, Bench
 from nslora_dist.study.cells import MEASURED, Cell
 from nslora_dist.study.lines import round_floats
-from nslora_dist.study.measure import energies, summed_up
-from nslora_dist.study.spec import PIECES
+from nslora_dist.study.measure import energies, few_of, summed_up
+from nslora_dist.study.spec import FEW, PIECES
 from nslora_dist.trainer import Trained, train
 
 LAST_STEPS = 20
@@ -39,7 +39,8 @@ def run_cell(bench: Bench, cell: Cell, *, version: str) -> dict[str, Any]:
 
     Returns:
         The line: the cell's settings; ``adaptation``, ``retention`` (the mean over pieces of knowledge) and
-        ``retention_by`` piece, the ``base``'s beside them; ``interference`` as ``measure.summed_up``; the mean loss of
+        ``retention_by`` piece, the ``base``'s beside them; ``interference`` as ``measure.summed_up``, and its rms on
+        the first ``FEW`` sequences a source; the ``budget`` that training was held to, if any; the mean loss of
         the last steps; whether training ``diverged``, which is then measured as it was left; ``seconds`` of this cell
         alone by the clock and of the processor, what cells share not counted.
     """
@@ -62,6 +63,13 @@ def run_cell(bench: Bench, cell: Cell, *, version: str) -> dict[str, Any]:
     training = time.perf_counter() - before
     scores = evaluate(engine, sets, device=device)
     found = energies(engine, texts, batch_size=EVALUATED_AT_ONCE, device=device)
+    fewer = {
+        str(count): summed_up(energies(engine, few_of(texts, count), batch_size=EVALUATED_AT_ONCE, device=device))[
+            "calibration"
+        ]["rms"]
+        for count in FEW
+        if count < bench.study.calibrations[cell.calibration].sequences
+    }
     arm = bench.study.arms[cell.arm]
     adapters = [module for module in engine.model.modules() if isinstance(module, Adapter)]
     losses = [loss for loss in trained.losses[-LAST_STEPS:] if loss is not None]
@@ -78,6 +86,8 @@ def run_cell(bench: Bench, cell: Cell, *, version: str) -> dict[str, Any]:
         "covered": [p for p in PIECES if p in bench.study.calibrations[cell.calibration].covered],
         "sequences": bench.study.calibrations[cell.calibration].sequences,
         "width": bench.config.hidden_size,
+        "budget": recipe.adapter.interference_budget,
+        "base_hash": bench.base_hash,
         "base_parameters": _counted(engine.model, adapters),
         "trained_parameters": sum(parameter.numel() for parameter in trained_parameters(engine.model)),
         "exported_ranks": sorted({module.exported_rank for module in adapters}),
@@ -86,7 +96,7 @@ def run_cell(bench: Bench, cell: Cell, *, version: str) -> dict[str, Any]:
         "retention": scores["retention"],
         "retention_by": scores["retention_by"],
         "base": base,
-        "interference": summed_up(found),
+        "interference": summed_up(found) | {"few": fewer},
         "loss": sum(losses) / len(losses) if losses else None,
         "diverged": diverged,
         "training_seconds": training,

@@ -61,9 +61,12 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def of_cells(lines: Iterable[dict[str, Any]], cells: Iterable[Cell]) -> list[dict[str, Any]]:
-    """The lines of a study as it is now, under its names of today: the file may hold more, of earlier settings."""
+    """The lines of a study as it is now, under its names of today: the file may hold more, of earlier settings.
+
+    Each gets the ``grids`` that its cell belongs to.
+    """
     wanted = {cell.id: cell for cell in cells}
-    names = ("size", "task", "calibration", "arm")
+    names = ("size", "task", "calibration", "arm", "grids")
     return [
         line | {name: getattr(wanted[line["id"]], name) for name in names} for line in lines if line["id"] in wanted
     ]

@@ -88,7 +88,7 @@ def _summary(study: Study, cells: Sequence[Cell]) -> None:
         _say(f"{folder / FILE}: {torn} lines could not be read and are passed over")
     if not own:
         raise UserError(f"{folder / FILE}: has no cell of this study yet")
-    path = summarise(folder, own, name=study.name, missing=len(cells) - len(own))
+    path = summarise(folder, own, study, missing=len(cells) - len(own))
     _say(f"{len(own)} of {len(cells)} cells are summed up in {path}")
 
 

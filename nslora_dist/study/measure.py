@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,11 @@ def energies(
         }
         found.append(Energies(text.name, text.weight, sums))
     return found
+
+
+def few_of(texts: Sequence[CalibrationTexts], count: int) -> list[CalibrationTexts]:
+    """The sources, cut to their first ``count`` sequences; probes are left out."""
+    return [replace(text, calibration=text.calibration[:count]) for text in texts if text.weight is not None]
 
 
 def summed_up(found: Sequence[Energies]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nslora_dist.plots import COLORS, MARKERS, STYLE
-from nslora_dist.study.analysis import Line, forgetting, grouped, of_calibration, relative_retention
+from nslora_dist.study.analysis import Line, curves, forgetting, grouped, of_calibration, relative_retention
+from nslora_dist.study.spec import Study
 from nslora_dist.study.statistics import frontier
 
 if TYPE_CHECKING:  # matplotlib takes a second to import
@@ -20,14 +21,15 @@ LOWEST = 1e-4
 """Interference below it is drawn at it: the axis is logarithmic, and this is what float32 can tell apart."""
 
 
-def draw_study(folder: Path, lines: Sequence[Line]) -> list[Path]:
+def draw_study(folder: Path, lines: Sequence[Line], study: Study) -> list[Path]:
     """Draws every plot that the lines have data for; gives the files in the order of the summary."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()
     looks = {arm: number for number, arm in enumerate(sorted({line["arm"] for line in lines}))}
     drawn = []
-    for (size, task), own in grouped(lines, lambda line: (line["size"], line["task"])).items():
+    methods = [line for line in lines if any(study.grids[grid].along is None for grid in line["grids"])]
+    for (size, task), own in grouped(methods, lambda line: (line["size"], line["task"])).items():
         for calibration in dict.fromkeys(line["calibration"] for line in own):
             chosen = of_calibration(own, calibration)
             title = f"{size}, {task}, calibrated on {calibration}"
@@ -35,6 +37,9 @@ def draw_study(folder: Path, lines: Sequence[Line]) -> list[Path]:
             for kind, draw in (("frontier", _frontiers), ("rates", _rates)):
                 drawn.append(folder / f"{kind}_{name}.png")
                 _save(drawn[-1], partial(draw, lines=chosen, looks=looks, title=title), width=11.0)
+    for curve in curves(lines, study):
+        drawn.append(folder / f"{curve['grid']}_{curve['size']}_{curve['task']}.png")
+        _save(drawn[-1], partial(_curve, curve=curve), width=8.0)
     path = folder / "prediction.png"
     _save(path, partial(_prediction, lines=lines, looks=looks), width=8.0)
     probes = folder / "probes.png"
@@ -126,6 +131,26 @@ def _rates(figure: "Figure", lines: Sequence[Line], looks: Mapping[str, int], ti
 
 def _task(line: Line) -> float:
     return float(line["adaptation"])
+
+
+def _curve(figure: "Figure", curve: Mapping[str, Any]) -> None:
+    """Both scores along what a grid varies, a line a learning rate."""
+    axes = figure.subplots()
+    values = list(dict.fromkeys(point["value"] for point in curve["points"]))
+    names = ["none" if value == float("inf") else str(value) for value in values]
+    for number, (rate, own) in enumerate(sorted(grouped(curve["points"], lambda p: p["learning_rate"]).items())):
+        at = [values.index(point["value"]) for point in own]
+        look = _look(number)
+        for score, style in (("retention", "-"), ("adaptation", ":")):
+            mean = np.array([point[score] for point in own])
+            spread = np.array([point[f"{score}_spread"] for point in own])
+            label = f"learning rate {rate:g}" if score == "retention" else None
+            axes.plot(at, mean, linestyle=style, color=look["color"], marker=look["marker"], markersize=4, label=label)
+            axes.fill_between(at, mean - spread, mean + spread, color=look["color"], alpha=0.12, linewidth=0)
+    axes.set_xticks(range(len(values)), names)
+    axes.set(xlabel=curve["along"], ylabel="retention (solid), adaptation (dotted)", ylim=(-0.02, 1.04))
+    axes.set_title(f"{curve['grid']}: {curve['size']}, {curve['task']}")
+    _legend(figure)
 
 
 def _prediction(figure: "Figure", lines: Sequence[Line], looks: Mapping[str, int]) -> None:

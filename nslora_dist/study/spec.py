@@ -26,6 +26,9 @@ TASKS = ("difference", "minimum", "new_facts")
 AGGREGATES = ("rms", "max", "mean", "output_weighted", "writers", "first_block", "last_block")
 """What a text's interference is summed up to; ``by_depth`` is a list beside them."""
 
+FEW = (4, 16, 64)
+"""Sequences a source on which interference is measured as well, to see how few tell as much."""
+
 Numbers = Annotated[
     tuple[Positive, ...], Field(min_length=1), BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
 ]
@@ -142,7 +145,8 @@ class StudyArm(Section):
 class Grid(Section):
     """All cells of these sizes, tasks, calibrations, arms and seeds; a cell in two grids is run once.
 
-    ``learning_rates`` and ``weight_decays``, where given, stand for those of every arm.
+    ``learning_rates`` and ``weight_decays``, where given, stand for those of every arm. ``along`` says what the grid
+    varies, where that is no method: its summary is then a curve and not a frontier.
     """
 
     sizes: Names
@@ -152,6 +156,7 @@ class Grid(Section):
     seeds: Seeds = (0,)
     learning_rates: Numbers | None = None
     weight_decays: Decays | None = None
+    along: Literal["rank", "sequences", "calibration", "budget"] | None = None
 
 
 class StudyTraining(Section):

@@ -6,32 +6,34 @@ from typing import Any
 
 from nslora_dist import artifacts
 from nslora_dist.card import markdown_table
-from nslora_dist.study.analysis import ALLOWED, KEEPS, LOST, SHARES, Line, analyse
+from nslora_dist.study.analysis import KEEPS, SHARES, Line, analyse
 from nslora_dist.study.lines import round_floats
 from nslora_dist.study.plots import draw_study
+from nslora_dist.study.prediction import ALLOWED, LOST, predict
+from nslora_dist.study.spec import Study
 
 NONE = "–"
 OURS = ("lora_null", "null_lora")
 
 
-def summarise(folder: Path, lines: Sequence[Line], *, name: str, missing: int = 0, draws: int = 1000) -> Path:
+def summarise(folder: Path, lines: Sequence[Line], study: Study, *, missing: int = 0, draws: int = 1000) -> Path:
     """Analyses, draws and writes.
 
     Args:
         folder: gets ``summary.json``, ``summary.md`` and ``plots/``.
-        lines: of the study's cells.
-        name: of the study.
+        lines: of the study's cells, with their ``grids``.
+        study: whose they are.
         missing: cells that have no line yet, which the summary says.
         draws: bootstrap resamples.
 
     Returns:
         The Markdown file.
     """
-    found = round_floats(analyse(lines, draws=draws))
+    found = round_floats(analyse(lines, study, draws=draws) | {"prediction": predict(lines, draws=draws)})
     artifacts.write_json(folder / "summary.json", found)
-    plots = [path.relative_to(folder) for path in draw_study(folder / "plots", lines)]
+    plots = [path.relative_to(folder) for path in draw_study(folder / "plots", lines, study)]
     path = folder / "summary.md"
-    artifacts.write_text(path, text_of(found, name=name, missing=missing, plots=plots))
+    artifacts.write_text(path, text_of(found, name=study.name, missing=missing, plots=plots))
     return path
 
 
@@ -43,9 +45,12 @@ def text_of(found: Mapping[str, Any], *, name: str, missing: int, plots: Sequenc
     parts.append(HOW)
     for setting in found["settings"]:
         title = f"{setting['size']}, {setting['task']}, calibrated on {setting['calibration']}"
-        parts += [f"## {title}", _base(setting), _frontier_table(setting), _pieces_table(setting)]
+        parts += [f"## {title}", _base(setting), _arms_table(setting), _pieces_table(setting)]
         key = f"{setting['size']}_{setting['task']}_{setting['calibration']}.png"
         parts += [f"![{title}]({path})" for path in plots if path.name in (f"frontier_{key}", f"rates_{key}")]
+        parts += ["Each weight decay by itself:", _variants_table(setting)]
+    for curve in found["curves"]:
+        parts += _curve(curve, plots)
     parts += _prediction(found["prediction"])
     parts += [f"![{path.stem}]({path})" for path in plots if path.stem in ("prediction", "probes")]
     return "\n\n".join(parts) + "\n"
@@ -54,12 +59,13 @@ def text_of(found: Mapping[str, Any], *, name: str, missing: int, plots: Sequenc
 HOW = (
     "Retention is the mean over pieces of knowledge, over the base's own. *Area*: under the frontier, the most "
     "retention to be had at an adaptation of at least t, t from 0 to 1. *At 95%, 99%*: the most retention of a setting "
-    "that reaches that share of the best adaptation that any arm has on this task; – where none does. In brackets: 95% "
-    "intervals over seeds, the setting chosen anew in each resample; with three seeds they are coarse. *Band*: decades "
-    f"of learning rate in which at least 95% of the best adaptation is reached and {KEEPS:.0%} of the knowledge kept. "
-    "*Spread*: standard deviation over seeds of adaptation / retention at the setting chosen for 95%, whose learning "
-    "rate and interference (root mean square, calibration texts) stand beside it. *s*, *cpu s*: of a cell, by the "
-    "clock and of the processor. Methods of this repository are set in bold; rows are in the order of their area."
+    "that reaches that share of the best adaptation that any arm has on this task; – where none does. A setting is a "
+    "learning rate and a weight decay. In brackets: 95% intervals over seeds, the setting chosen anew in each "
+    "resample; with three seeds they are coarse. *lr*, *wd*: of the setting chosen for 95%, and at it *spread*, the "
+    "standard deviation over seeds of adaptation / retention, and *interference*, the root mean square over modules on "
+    "the calibration texts. *Band*: decades of learning rate in which at least 95% of the best adaptation is reached "
+    f"and {KEEPS:.0%} of the knowledge kept. *s*, *cpu s*: of a cell, by the clock and of the processor. Methods of "
+    "this repository are set in bold; rows are in the order of their area."
 )
 
 
@@ -72,51 +78,98 @@ def _base(setting: Mapping[str, Any]) -> str:
     )
 
 
-def _by_area(setting: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return sorted(setting["variants"].items(), key=lambda item: -(item[1]["area"]["value"] or 0.0))
+def _by_area(rows: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return sorted(rows.items(), key=lambda item: -(item[1]["area"]["value"] or 0.0))
 
 
-def _frontier_table(setting: Mapping[str, Any]) -> str:
-    header = ["arm", "rank", "trained", "matched", "seeds", "area", *(f"at {share:.0%}" for share in SHARES)]
-    header += ["band", "lr", "spread", "interference", "s", "cpu s"]
+def _named(name: str, own: Mapping[str, Any]) -> str:
+    return f"**{name}**" if own["method"] in OURS else name
+
+
+def _arms_table(setting: Mapping[str, Any]) -> str:
+    """What tuning gets out of each arm."""
+    header = ["arm", "rank", "trained", "matched", "settings", "seeds", "area"]
+    header += [*(f"at {share:.0%}" for share in SHARES), "lr", "wd", "spread", "interference"]
     rows = []
-    for name, own in _by_area(setting):
-        chosen = own["chosen"]
+    for name, own in _by_area(setting["arms"]):
+        first = [_named(name, own), str(own["rank"]), f"{own['trained_parameters']:,}", own["matched"]]
         rows.append(
-            [
-                f"**{name}**" if own["method"] in OURS else name,
-                str(own["rank"]),
-                f"{own['trained_parameters']:,}",
-                own["matched"],
-                str(own["seeds"]),
-                _interval(own["area"]),
-                *(_interval(own["retention_at"][f"{share:g}"]) for share in SHARES),
-                f"{own['band']:.2f}",
-                NONE if chosen is None else f"{chosen['learning_rate']:g}",
-                NONE
-                if chosen is None
-                else f"{_score(chosen['adaptation_spread'])} / {_score(chosen['retention_spread'])}",
-                NONE if chosen is None else f"{chosen['interference']:.3f}",
-                f"{own['seconds']:.1f}",
-                f"{own['processor_seconds']:.1f}",
-            ]
+            [*first, str(own["settings"]), str(own["seeds"]), *_scores(own), *_chosen(own["chosen"], with_decay=True)]
         )
     return markdown_table(header, rows)
+
+
+def _variants_table(setting: Mapping[str, Any]) -> str:
+    header = ["arm", "area", *(f"at {share:.0%}" for share in SHARES)]
+    header += ["band", "lr", "spread", "interference", "s", "cpu s"]
+    rows = [
+        [
+            _named(name, own),
+            *_scores(own),
+            f"{own['band']:.2f}",
+            *_chosen(own["chosen"], with_decay=False),
+            f"{own['seconds']:.1f}",
+            f"{own['processor_seconds']:.1f}",
+        ]
+        for name, own in _by_area(setting["variants"])
+    ]
+    return markdown_table(header, rows)
+
+
+def _scores(own: Mapping[str, Any]) -> list[str]:
+    return [_interval(own["area"]), *(_interval(own["retention_at"][f"{share:g}"]) for share in SHARES)]
+
+
+def _chosen(chosen: Mapping[str, Any] | None, *, with_decay: bool) -> list[str]:
+    if chosen is None:
+        return [NONE] * (4 if with_decay else 3)
+    decay = [f"{chosen['weight_decay']:g}"] if with_decay else []
+    spread = f"{_score(chosen['adaptation_spread'])} / {_score(chosen['retention_spread'])}"
+    return [f"{chosen['learning_rate']:g}", *decay, spread, f"{chosen['interference']:.3f}"]
 
 
 def _pieces_table(setting: Mapping[str, Any]) -> str:
     """What is left of each piece at the chosen setting; a star where the calibration texts exercise it."""
     pieces = list(setting["base"]["retention_by"])
     rows = []
-    for name, own in _by_area(setting):
+    for name, own in _by_area(setting["arms"]):
         if own["chosen"] is None:
             continue
-        kept = own["chosen_by_piece"]
+        kept = own["chosen"]["retention_by"]
         rows.append([name, *(f"{_score(kept[piece])}{'*' if piece in own['covered'] else ''}" for piece in pieces)])
     if not rows:
         return "No arm reaches 95% of the best adaptation."
     said = "Accuracy by piece of knowledge at the setting chosen for 95%; * is exercised by the calibration texts:"
     return f"{said}\n\n{markdown_table(['arm', *pieces], rows)}"
+
+
+def _curve(curve: Mapping[str, Any], plots: Sequence[Path]) -> list[str]:
+    """A grid that runs along something else than the method."""
+    title = f"{curve['grid']}: along {curve['along']}, {curve['size']}, {curve['task']}"
+    pieces = list(curve["base"]["retention_by"])
+    rows = [
+        [
+            "none" if point["value"] is None else f"{point['value']}",
+            f"{point['learning_rate']:g}",
+            str(point["seeds"]),
+            f"{_score(point['adaptation'])} ± {_score(point['adaptation_spread'])}",
+            f"{_score(point['retention'])} ± {_score(point['retention_spread'])}",
+            f"{point['interference']:.4f}",
+            *(_score(point["retention_by"][piece]) for piece in pieces),
+        ]
+        for point in curve["points"]
+    ]
+    header = [curve["along"], "lr", "seeds", "adaptation", "retention", "interference", *pieces]
+    parts = [f"## {title}", "Means and standard deviations over seeds:", markdown_table(header, rows)]
+    if "monotone" in curve:
+        against = curve["monotone"]
+        parts.append(
+            "One dial: the most by which, at one learning rate, a larger budget went with more retention is "
+            f"{_score(against['retention'])}, with less adaptation {_score(against['adaptation'])}; "
+            "0 is monotone."
+        )
+    key = f"{curve['grid']}_{curve['size']}_{curve['task']}.png"
+    return parts + [f"![{title}]({path})" for path in plots if path.name == key]
 
 
 def _prediction(found: Mapping[str, Any]) -> list[str]:
@@ -143,6 +196,7 @@ def _prediction(found: Mapping[str, Any]) -> list[str]:
         own = [[arm, *(_score(a["within"].get(arm)) for a in found["aggregates"].values())] for arm in arms]
         header = ["within arm", *(name.replace("_", " ") for name in found["aggregates"])]
         parts.append(markdown_table(header, own))
+    parts += _settings_tables(found)
     rows = [
         [piece, _interval(own["spearman"]), _interval(own["safe_below"])]
         for piece, own in found["probes"]["by_piece"].items()
@@ -150,6 +204,42 @@ def _prediction(found: Mapping[str, Any]) -> list[str]:
     rows.append(["all together", _interval(found["probes"]["all"]), NONE])
     parts += ["Probe by probe, over all cells:", markdown_table(["piece", "across", "safe below: 5%"], rows)]
     return parts
+
+
+def _settings_tables(found: Mapping[str, Any]) -> list[str]:
+    header = ["", "cells", "across", "within", "safe below: none", f"safe below: {ALLOWED[-1]:.0%}"]
+
+    def row(name: str, cells: str, own: Mapping[str, Any]) -> list[str]:
+        safe = (_interval(own["safe_below"][f"{allowed:g}"]) for allowed in ALLOWED)
+        return [name, cells, _interval(own["across"]), _score(own["within_mean"]), *safe]
+
+    parts = []
+    if len(found["settings"]) > 1:
+        rows = [row(name, str(own["cells"]), own) for name, own in found["settings"].items()]
+        parts += ["The root mean square, a base and task at a time:", markdown_table(header, rows)]
+    if found["few"]:
+        rows = [row(f"{count} sequences a source", NONE, own) for count, own in found["few"].items()]
+        parts += [
+            "How few sequences tell as much: interference measured on the first so many of each source, of cells that "
+            "are calibrated on all of them:",
+            markdown_table(header, rows),
+        ]
+    rows = [
+        [
+            name,
+            str(own["cells"]),
+            ", ".join(own["covered"]) or "nothing of it",
+            _interval(own["calibration"]),
+            _interval(own["probes"]),
+        ]
+        for name, own in found["calibrations"].items()
+    ]
+    return [
+        *parts,
+        "When the texts are not what is asked: correlation of all forgetting with interference on the calibration's "
+        "own texts, and with the mean over the probes, one for each piece:",
+        markdown_table(["calibration", "cells", "exercises", "its texts", "probes"], rows),
+    ]
 
 
 def _score(value: float | None) -> str:

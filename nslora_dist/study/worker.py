@@ -13,8 +13,8 @@ from typing import Any
 
 from nslora_dist.errors import UserError, storage_error
 from nslora_dist.quiet import quiet
-from nslora_dist.study.cells import Cell
-from nslora_dist.study.lines import FILE, append_line
+from nslora_dist.study.cells import Cell, base_folder, cells_of
+from nslora_dist.study.lines import FILE, append_line, of_cells, read_lines
 from nslora_dist.study.spec import Study
 
 ORPHAN_SECONDS = 0.5
@@ -93,10 +93,28 @@ def _do(job: Job, study: Study, folder: Path, benches: dict[str, Any], *, versio
         return Told(job, line=make_base(study, job.size, device=device))
     if job.size not in benches:
         benches.clear()  # cells come size by size: the last base's null spaces are not needed again
-        benches[job.size] = Bench(study, job.size, device=device)
+        bench = Bench(study, job.size, device=device)
+        check_base(bench.base_hash, study, job.size)
+        benches[job.size] = bench
     line = run_cell(benches[job.size], job.cell, version=version)
     append_line(folder / FILE, line)
     return Told(job, line=line)
+
+
+def check_base(base_hash: str, study: Study, size: str) -> None:
+    """Refuses to add lines to those of another base: the same settings give other weights on another processor.
+
+    Raises:
+        UserError: the study's file has cells of this size with another base.
+    """
+    path = Path(study.output_dir) / FILE
+    lines = of_cells(read_lines(path)[0], cells_of(study))
+    others = sorted({line["base_hash"] for line in lines if line["size"] == size} - {base_hash})
+    if others:
+        raise UserError(
+            f"{path}: its cells of {size} are of the base {others[0]}, the one in {base_folder(study, size)} is "
+            f"{base_hash}; bring that base's folder here, or give another --output"
+        )
 
 
 def _own_log(path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from helpers.launching import ROOT, TIMEOUT, environment
 from nslora_dist.study.main import main
 
-CELLS = 10
+CELLS = 11
 
 
 def start(folder: Path, *more: str) -> subprocess.Popen[str]:
@@ -116,34 +116,44 @@ def slow_ranks(values: list[float]) -> np.ndarray:
     return np.array([sum(w < v for w in values) + (sum(w == v for w in values) + 1) / 2 for v in values])
 
 
+def assert_frontier(own: dict[str, Any], mine: list[dict[str, Any]], best: float) -> None:
+    """Area and retention at a share of the best, computed from the lines by going over every pair."""
+    dots = [(x["adaptation"], x["retention"] / x["base"]["retention"]) for x in mine]
+    dots.append((mine[0]["base"]["adaptation"], 1.0))
+    steps = sorted({0.0, *(a for a, _ in dots)})
+    area = sum((b - a) * max(r for x, r in dots if x >= b - 1e-9) for a, b in zip(steps, steps[1:], strict=False))
+    assert own["area"]["value"] == pytest.approx(area, abs=1e-5)
+    for share in (0.95, 0.99):
+        reached = [r for a, r in dots[:-1] if a >= share * best - 1e-9]
+        expected = pytest.approx(max(reached), abs=1e-5) if reached else None
+        assert own["retention_at"][f"{share:g}"]["value"] == expected
+
+
 def test_every_figure_of_the_summary_comes_from_the_lines(done: Path) -> None:
     lines, found = whole_lines(done), json.loads((done / "summary.json").read_text())
     text = (done / "summary.md").read_text()
-    best = max(line["adaptation"] for line in lines)
+    methods = [line for line in lines if line["budget"] is None]  # the dial's grid is no comparison of methods
+    best = max(line["adaptation"] for line in methods)
     assert found["cells"] == len(lines)
     for setting in found["settings"]:
-        here = [x for x in lines if x["calibration"] == setting["calibration"] or x["arm"] != "delta"]
+        here = [x for x in methods if x["calibration"] == setting["calibration"] or x["arm"] != "delta"]
         assert setting["best_adaptation"] == pytest.approx(best)
         assert set(setting["variants"]) == {f"{x['arm']}, wd {x['weight_decay']:g}" for x in here}
         for name, own in setting["variants"].items():
             mine = [x for x in here if f"{x['arm']}, wd {x['weight_decay']:g}" == name]
-            dots = [(x["adaptation"], x["retention"] / x["base"]["retention"]) for x in mine]
-            dots.append((mine[0]["base"]["adaptation"], 1.0))
-            steps = sorted({0.0, *(a for a, _ in dots)})
-            area = sum(
-                (b - a) * max(r for x, r in dots if x >= b - 1e-9) for a, b in zip(steps, steps[1:], strict=False)
-            )
-            assert own["area"]["value"] == pytest.approx(area, abs=1e-5)
-            for share in (0.95, 0.99):
-                reached = [r for a, r in dots[:-1] if a >= share * best - 1e-9]
-                expected = pytest.approx(max(reached), abs=1e-5) if reached else None
-                assert own["retention_at"][f"{share:g}"]["value"] == expected
-            row = next(r for r in text.split(f"calibrated on {setting['calibration']}")[1].splitlines() if name in r)
-            assert f"{own['area']['value']:.3f}" in row and f"{own['trained_parameters']:,}" in row
-            assert f"{own['seconds']:.1f}" in row
+            assert_frontier(own, mine, best)
+            section = text.split(f"calibrated on {setting['calibration']}\n")[1].splitlines()
+            row = next(r for r in section if name in r)
+            assert f"{own['area']['value']:.3f}" in row and f"{own['seconds']:.1f}" in row
             assert own["seconds"] == pytest.approx(np.mean([x["seconds"] for x in mine]), rel=1e-4)
+        for name, own in setting["arms"].items():
+            mine = [x for x in here if x["arm"] == name]
+            assert own["settings"] == len(mine)
+            assert_frontier(own, mine, best)
+            row = next(r for r in section if name in r and f"{own['trained_parameters']:,}" in r)
+            assert f"{own['area']['value']:.3f}" in row
     whole = [x for x in lines if x["calibration"] == "all"]
-    assert found["prediction"]["cells"] == len(whole) == 8
+    assert found["prediction"]["cells"] == len(whole) == 9
     for name, aggregate in found["prediction"]["aggregates"].items():
         x = slow_ranks([line["interference"]["calibration"][name] for line in whole])
         y = slow_ranks([round(line["base"]["retention"] - line["retention"], 9) for line in whole])
@@ -154,8 +164,25 @@ def test_every_figure_of_the_summary_comes_from_the_lines(done: Path) -> None:
         value = own["spearman"]["value"]
         row = next(row for row in text.split("Probe by probe")[1].splitlines() if row.startswith(f"| {piece} |"))
         assert (f"{value:.3f}" if value is not None else "–") in row
+    (curve,) = found["curves"]
+    held = next(line for line in lines if line["budget"] is not None)
+    free = next(x for x in whole if x["arm"] == "delta" and x["learning_rate"] == 0.03 and not x["weight_decay"])
+    assert [point["value"] for point in curve["points"]] == [held["budget"], None]
+    for point, line in zip(curve["points"], (held, free), strict=True):
+        assert point["adaptation"] == pytest.approx(line["adaptation"], abs=1e-5)
+        assert point["retention_by"] == pytest.approx(line["retention_by"], abs=1e-5)
+    against = curve["monotone"]["retention"]
+    kept = [line["retention"] / line["base"]["retention"] for line in (held, free)]
+    assert against == pytest.approx(max(0.0, kept[1] - kept[0]), abs=1e-5)
+    assert (
+        held["interference"]["calibration"]["rms"]
+        <= held["budget"] * 1.001
+        < free["interference"]["calibration"]["rms"]
+    )
+    for line in lines:  # as many sequences of a source as a calibration has are not few
+        assert set(line["interference"]["few"]) == {"4", "16"}
     plots = re.findall(r"\]\((plots/[^)]+)\)", text)
-    assert len(plots) == 6 and all((done / plot).stat().st_size > 5000 for plot in plots)
+    assert len(plots) == 7 and all((done / plot).stat().st_size > 5000 for plot in plots)
 
 
 def test_the_summary_follows_the_lines(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,127 @@
+"""How interference, measured before any evaluation, goes with forgetting (METHODS.md §1c, §1d)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from nslora_dist.study.analysis import Line, forgetting, grouped
+from nslora_dist.study.spec import AGGREGATES, FEW, PIECES
+from nslora_dist.study.statistics import Interval, over_pairs, safe_below, spearman
+
+LOST = 0.01
+"""Of all answers: forgetting above this is a loss."""
+ALLOWED = (0.0, 0.05)
+
+
+def predict(lines: Sequence[Line], *, draws: int) -> dict[str, Any]:
+    """How interference on calibration texts goes with forgetting.
+
+    Returns:
+        ``cells`` whose texts exercise every piece that is asked; of these ``aggregates`` (each with its correlation
+        across and within arms, and the value it is safe below), ``settings`` (the same of the root mean square, a size
+        and task at a time) and ``few`` (of the root mean square, by sequences a source). Of all cells: ``probes``,
+        each with its own piece, and ``calibrations``, where the texts may be about something else than what is asked.
+    """
+    whole = [line for line in lines if set(line["covered"]) == set(PIECES)]
+    by_setting = grouped(whole, lambda line: f"{line['size']}, {line['task']}")
+    return {
+        "cells": len(whole),
+        "aggregates": {name: _aggregate(whole, _measured("calibration", name), draws=draws) for name in AGGREGATES}
+        if whole
+        else {},
+        "settings": {
+            name: {"cells": len(own)} | _aggregate(own, _rms, draws=draws) for name, own in by_setting.items()
+        },
+        "few": _few(whole, draws=draws),
+        "probes": _probes(lines, draws=draws),
+        "calibrations": {
+            name: _calibration(own, draws=draws)
+            for name, own in grouped(lines, lambda line: line["calibration"]).items()
+        },
+    }
+
+
+def _measured(kind: str, name: str) -> Callable[[Line], float | None]:
+    def of(line: Line) -> float | None:
+        value: float | None = line["interference"][kind][name]
+        return value
+
+    return of
+
+
+def _rms(line: Line) -> float:
+    return float(line["interference"]["calibration"]["rms"])
+
+
+def _clusters(lines: Sequence[Line]) -> list[str]:
+    """Cells of one variant are alike: whole variants are drawn, or an interval would be too narrow."""
+    return [f"{line['size']}/{line['task']}/{line['arm']}/{line['weight_decay']}" for line in lines]
+
+
+def _aggregate(lines: Sequence[Line], of: Callable[[Line], float | None], *, draws: int) -> dict[str, Any]:
+    lines = [line for line in lines if of(line) is not None]
+    x = [float(of(line) or 0.0) for line in lines]
+    y = [forgetting(line) for line in lines]
+    where = _clusters(lines)
+    within = {}
+    for arm in dict.fromkeys(line["arm"] for line in lines):
+        own = [place for place, line in enumerate(lines) if line["arm"] == arm]
+        within[arm] = spearman(np.array(x)[own], np.array(y)[own])
+    known = [value for value in within.values() if value is not None]
+
+    def safe(allowed: float) -> Interval:
+        return over_pairs(x, y, lambda a, b: safe_below(a, b, lost=LOST, allowed=allowed), draws=draws, clusters=where)
+
+    return {
+        "across": asdict(over_pairs(x, y, spearman, draws=draws, clusters=where)),
+        "within": within,
+        "within_mean": float(np.mean(known)) if known else None,
+        "safe_below": {f"{allowed:g}": asdict(safe(allowed)) for allowed in ALLOWED},
+    }
+
+
+def _few(lines: Sequence[Line], *, draws: int) -> dict[str, Any]:
+    """Sequences a source → how well interference on that many tells, over the cells that have been measured on all."""
+    same = [line for line in lines if len(line["interference"]["few"]) == len(FEW)]
+    if not same:
+        return {}
+    most = max(int(line["sequences"]) for line in same)
+    same = [line for line in same if line["sequences"] == most]
+    found = {str(count): _aggregate(same, _measured("few", str(count)), draws=draws) for count in FEW}
+    return found | {str(most): _aggregate(same, _rms, draws=draws)}
+
+
+def _calibration(lines: Sequence[Line], *, draws: int) -> dict[str, Any]:
+    """Of the cells of one calibration: what interference on its texts says of all that is asked, and what probes do."""
+    where = _clusters(lines)
+    y = [forgetting(line) for line in lines]
+    probes = [float(np.mean([probe["rms"] for probe in line["interference"]["probes"].values()])) for line in lines]
+    return {
+        "cells": len(lines),
+        "covered": lines[0]["covered"],
+        "calibration": asdict(over_pairs([_rms(x) for x in lines], y, spearman, draws=draws, clusters=where)),
+        "probes": asdict(over_pairs(probes, y, spearman, draws=draws, clusters=where)),
+    }
+
+
+def _probes(lines: Sequence[Line], *, draws: int) -> dict[str, Any]:
+    pairs = [
+        (piece, float(line["interference"]["probes"][piece]["rms"]), forgetting(line, piece), line["id"])
+        for line in lines
+        for piece in line["interference"]["probes"]
+    ]
+    everything = over_pairs(
+        [p[1] for p in pairs], [p[2] for p in pairs], spearman, draws=draws, clusters=[p[3] for p in pairs]
+    )
+    by_piece: dict[str, Any] = {}
+    for piece in dict.fromkeys(p[0] for p in pairs):
+        x, y = [p[1] for p in pairs if p[0] == piece], [p[2] for p in pairs if p[0] == piece]
+        by_piece[piece] = {
+            "spearman": asdict(over_pairs(x, y, spearman, draws=draws)),
+            "safe_below": asdict(
+                over_pairs(x, y, lambda a, b: safe_below(a, b, lost=LOST, allowed=ALLOWED[-1]), draws=draws)
+            ),
+        }
+    return {"all": asdict(everything), "by_piece": by_piece}
