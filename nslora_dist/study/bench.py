@@ -75,14 +75,14 @@ class Bench:
                 "train": {
                     "learning_rate": cell.learning_rate,
                     "weight_decay": cell.weight_decay,
-                    "max_steps": training.steps,
+                    "max_steps": training.steps[cell.task],
                     "global_batch_size": training.batch_rows,
                     "micro_batch_size": training.batch_rows,
                     "warmup_ratio": training.warmup_ratio,
                     "schedule": training.schedule,
                     "max_grad_norm": training.max_grad_norm,
                     "seed": cell.seed,
-                    "log_every": training.steps,
+                    "log_every": training.steps[cell.task],
                 },
                 "engine": {"name": "single"},
                 "evaluation": {
@@ -128,11 +128,8 @@ class Bench:
     @cached_property
     def _any_recipe(self) -> Recipe:
         study = self.study
-        return self.recipe(
-            Cell(
-                "any", (), self.size, "difference", next(iter(study.calibrations)), next(iter(study.arms)), 1e-3, 0.0, 0
-            )
-        )
+        task, calibration, arm = (next(iter(named)) for named in (study.training.steps, study.calibrations, study.arms))
+        return self.recipe(Cell("any", (), self.size, task, calibration, arm, 1e-3, 0.0, 0))
 
     def groups(self, adapter: AdapterSection) -> list[InputGroup]:
         """The targets' input groups."""

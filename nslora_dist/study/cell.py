@@ -82,7 +82,7 @@ def run_cell(bench: Bench, cell: Cell, *, version: str) -> dict[str, Any]:
         "method": arm.peer or recipe.adapter.method,
         "rank": recipe.adapter.rank,
         "matched": arm.matched,
-        "steps": bench.study.training.steps,
+        "steps": recipe.train.max_steps,
         "covered": [p for p in PIECES if p in bench.study.calibrations[cell.calibration].covered],
         "sequences": bench.study.calibrations[cell.calibration].sequences,
         "width": bench.config.hidden_size,

@@ -72,9 +72,10 @@ def cell_key(
 ) -> str:
     """The id of a cell."""
     method: Any = [arm.peer, arm.rank] if arm.adapter is None else arm.section.model_dump(mode="json")
+    training = study.training.model_dump(mode="json") | {"steps": study.training.steps[task]}
     parts = [
         *(MEASURED, size_key(study, size), size.device, task, calibration.model_dump(mode="json"), method),
-        *(study.training.model_dump(mode="json"), float(learning_rate), float(weight_decay), seed),
+        *(training, float(learning_rate), float(weight_decay), seed),
     ]
     return hash_json(parts)[:16]
 

@@ -23,8 +23,9 @@ FOREIGN = "foreign"
 TASKS = ("difference", "minimum", "new_facts")
 """What may be learned (``tiny_tasks``): a new operation in new words, one in an old word, facts in known wordings."""
 
-AGGREGATES = ("rms", "max", "mean", "output_weighted", "writers", "first_block", "last_block")
-"""What a text's interference is summed up to; ``by_depth`` is a list beside them."""
+AGGREGATES = ("rms", "max", "mean", "output_weighted", "writers", "first_block", "last_block", "kl")
+"""What is known of a text before any evaluation: its interference, summed up in several ways (``by_depth`` is a list
+beside them), and ``kl``, how far the adapted model's next-token distribution is from the base's."""
 
 FEW = (4, 16, 64)
 """Sequences a source on which interference is measured as well, to see how few tell as much."""
@@ -162,11 +163,19 @@ class Grid(Section):
 class StudyTraining(Section):
     """What all cells have in common."""
 
-    steps: Count = 400
+    steps: Annotated[dict[Name, Count], Field(min_length=1)]  # of each task
     batch_rows: Count = 32
     warmup_ratio: Fraction = 0.03
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     max_grad_norm: Positive = 1.0
+
+    @field_validator("steps")
+    @classmethod
+    def _tasks(cls, steps: dict[str, int]) -> dict[str, int]:
+        for task in steps:
+            if task not in TASKS:
+                raise ValueError(f"no task is called '{task}'; there are {', '.join(TASKS)}")
+        return steps
 
 
 class Study(Section):
@@ -174,7 +183,7 @@ class Study(Section):
 
     name: Name
     output_dir: Where
-    training: StudyTraining = StudyTraining()
+    training: StudyTraining
     task_rows: TaskRows = TaskRows()
     probe_sequences: Count = 128
     sizes: Annotated[dict[Name, Size], Field(min_length=1)]
@@ -198,6 +207,9 @@ class Study(Section):
                             f"grids.{grid}.{kind}: there is no '{name}'{nearest(name, known)}; "
                             f"there is {', '.join(known)}"
                         )
+            for task in values.tasks:
+                if task not in self.training.steps:
+                    raise ValueError(f"training.steps: says nothing of {task}, which grids.{grid} trains; add it")
         for name, calibration in self.calibrations.items():
             for source in calibration.sources:
                 if source in PIECES:

@@ -56,16 +56,16 @@ def test_ids_depend_on_settings_and_not_on_names(tmp_path: Path) -> None:
     for grid in renamed["grids"].values():
         grid["arms"] = ["ours" if arm == "delta" else arm for arm in grid["arms"]]
     assert sorted(ids(load(tmp_path, renamed))) == sorted(before)
-    assert len(set(before)) == len(before) == 10
+    assert len(set(before)) == len(before) == 11
 
 
 @pytest.mark.parametrize(
     ("where", "value", "changed"),
     [
-        (("training", "steps"), 13, 10),
-        (("task_rows", "train_rows"), 150, 10),
-        (("sizes", "toy", "people"), 8, 10),
-        (("sizes", "toy", "pretraining", "steps"), 61, 10),
+        (("training", "steps"), {"new_facts": 13}, 11),
+        (("task_rows", "train_rows"), 150, 11),
+        (("sizes", "toy", "people"), 8, 11),
+        (("sizes", "toy", "pretraining", "steps"), 61, 11),
         (("sizes", "toy", "seconds"), 3.0, 0),
         (("arms", "pissa", "rank"), 6, 2),
         (("calibrations", "part", "sequences"), 20, 2),
