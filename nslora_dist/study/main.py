@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
                 minutes=given.minutes,
                 say=_say,
             )
-        _summary(study, everything)
+        _summary(study, everything, may_be_none=left_over > 0)
         if left_over:
             _say(f"time is over: {left_over} cells are left; the same command continues")
     except Exception as error:
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _summary(study: Study, cells: Sequence[Cell]) -> None:
+def _summary(study: Study, cells: Sequence[Cell], *, may_be_none: bool) -> None:
     from nslora_dist.study.summary import summarise
 
     folder = Path(study.output_dir)
@@ -86,6 +86,8 @@ def _summary(study: Study, cells: Sequence[Cell]) -> None:
     own = of_cells(lines, cells)
     if torn:
         _say(f"{folder / FILE}: {torn} lines could not be read and are passed over")
+    if not own and may_be_none:  # time was over before the first: a base takes longer
+        return
     if not own:
         raise UserError(f"{folder / FILE}: has no cell of this study yet")
     path = summarise(folder, own, study, missing=len(cells) - len(own))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,6 +194,23 @@ def test_the_summary_follows_the_lines(done: Path, tmp_path: Path, capsys: pytes
     text = (tmp_path / "summary.md").read_text()
     assert "Best adaptation of any arm: 0.750" in text
     assert "1 cells are missing" in text
+
+
+def test_time_may_be_over_before_the_first_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, said = here(capsys, tmp_path, "--minutes", "0.0001")
+    assert status == 0 and f"{CELLS} cells are left; the same command continues" in said
+    assert here(capsys, tmp_path, "--summary")[0] == 2  # asked for by name, that is an error
+
+
+def test_lines_of_another_base_are_not_added_to(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same settings give other weights on another processor: their cells are no seeds of one study."""
+    shutil.copytree(done / "bases", tmp_path / "bases")
+    lines = whole_lines(done)
+    kept = [line | {"base_hash": "0123456789abcdef"} for line in lines[:-1]]
+    (tmp_path / "cells.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    status, said = here(capsys, tmp_path)
+    assert status == 1 and "are of the base 0123456789abcdef" in said and lines[0]["base_hash"] in said
+    assert len(whole_lines(tmp_path)) == CELLS - 1
 
 
 def test_two_at_once_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,9 @@ from nslora_dist.report import Scalars
 from nslora_dist.trainer import train
 
 STEPS, SAVED = 4, 2
+CLIPPED = 0.02
+"""Below the norm of every step's gradient."""
+OFFLOAD = Path(__file__).parents[2] / "ds_configs" / "zero3_offload.json"
 BATCHES = {"epochs": None, "global_batch_size": 12, "micro_batch_size": 2}
 
 
@@ -70,10 +73,10 @@ def _train(layout: str, world: Path, name: str, changes: dict[str, Any]) -> Budg
                 shutil.copytree(world / layout / name.removeprefix("from_") / start, folder / start)
     settings: dict[str, Any] = {
         "adapter": {"method": "lora_null", "rank": 5, "alpha": 7.5},
-        "train": {"max_steps": STEPS} | BATCHES,
+        "train": {"max_steps": STEPS, "max_grad_norm": CLIPPED} | BATCHES,
         "checkpoint": {"every": SAVED, "keep_last": 9},
     }
-    settings |= three(layout)
+    settings |= engine_of(layout)
     for section, values in changes.items():
         settings[section] = settings.get(section, {}) | values
     recipe = recipe_of(layout, world, folder, settings)
@@ -110,9 +113,14 @@ def _train(layout: str, world: Path, name: str, changes: dict[str, Any]) -> Budg
         )
 
 
-def three(layout: str) -> dict[str, Any]:
-    """ZeRO-3 on three ranks cuts rows of rank 5 in two; here with its defaults, which keep small parameters whole."""
-    return {"engine": {"name": "zero3", "config": None}} if layout == "zero3-3" else {}
+def engine_of(layout: str) -> dict[str, Any]:
+    """Where it is not the layout's own.
+
+    ZeRO-3 on three ranks cuts rows of rank 5 in two; here with its defaults, which keep small parameters whole.
+    ``zero3_offload-2`` has the optimizer's state and the parameters in host memory, by the shipped configuration.
+    """
+    config = {"zero3-3": None, "zero3_offload-2": str(OFFLOAD)}
+    return {"engine": {"name": "zero3", "config": config[layout]}} if layout in config else {}
 
 
 def measured(engine: Engine) -> dict[str, float]:
@@ -135,7 +143,7 @@ def scale_and_look(layout: str, world: Path) -> dict[str, bool]:
     with dist.together("preparing"):
         if dist.is_main():
             zero_config(world)
-    recipe = recipe_of(layout, world, world / layout / "scaled", changes | three(layout))
+    recipe = recipe_of(layout, world, world / layout / "scaled", changes | engine_of(layout))
     with started(recipe) as stage:
         stage.train()
         target, *_, other = adapted_linears(stage.engine.model)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.budget_run import SAVED, STEPS, Budgeted, scale_and_look, train_each
+from helpers.budget_run import CLIPPED, SAVED, STEPS, Budgeted, scale_and_look, train_each
 from helpers.ranks import run_ranks
 from helpers.world import make_base, make_texts
 
@@ -25,6 +25,7 @@ RUN = {
     "fsdp2-2": ("none", "loose", "module", "from_module", "total", "bfloat16"),
     "zero3-2": ("none", "loose", "module", "from_module", "total", "bfloat16"),
     "zero3-3": ("none", "module", "total"),
+    "zero3_offload-2": ("none", "module", "total"),
 }
 PAIRS = [(layout, case) for layout, cases in RUN.items() for case in cases]
 Results = dict[str, dict[str, Budgeted]]
@@ -90,6 +91,7 @@ def test_engines_agree(trained: Results, layout: str, case: str) -> None:
     assert found.losses == pytest.approx(reference.losses, rel=1e-5)
     assert found.losses != pytest.approx(trained[layout]["none"].losses, rel=1e-5), "the budget changed nothing"
     assert found.norms == pytest.approx(reference.norms, rel=1e-3)
+    assert all(norm is not None and norm > CLIPPED for norm in found.norms), "clipping had nothing to do"
     for step, other in zip(found.dense, reference.dense, strict=True):
         assert step == pytest.approx(other, rel=1e-3)
 
