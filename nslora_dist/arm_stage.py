@@ -18,7 +18,7 @@ from nslora_dist.calibration_data import CalibrationTexts
 from nslora_dist.checkpoint import Checkpoints, identity
 from nslora_dist.engines import Engine, start_engine
 from nslora_dist.engines.base import Job
-from nslora_dist.evaluate import EvaluationSets, evaluate, summarise
+from nslora_dist.evaluate import EvaluationSets, divergence, evaluate, summarise
 from nslora_dist.export_arm import export
 from nslora_dist.manifests import listed_files
 from nslora_dist.report import Scalars
@@ -130,7 +130,9 @@ def _train(arm: Arm, bench: Bench, report: dict[str, Any], hashes: dict[str, Any
         found = final_interference(
             engine, arm.data, bench.texts, batch_size=arm.recipe.calibration.batch_size, device=device
         )
-        interference = summarise(found, bench.texts)
+        size = arm.recipe.calibration.batch_size
+        together = divergence(engine, bench.texts, batch_size=size, device=device) if found else None
+        interference = summarise(found, bench.texts, together)
         if interference is not None and budget is not None:
             interference["budget"] = budget.facts()
     clock.seconds["training"] += checkpoints.earlier_seconds

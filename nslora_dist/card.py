@@ -33,6 +33,12 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}%"
 
 
+INTERFERENCE = (
+    "‖ΔW X‖ / ‖W X‖: how far the adapter moves what each layer did on a text, at the base's own activations. "
+    "Divergence: KL(base ‖ adapted) of the next token, in nats: what all layers come to together."
+)
+
+
 def number(value: float | None) -> str:
     """Three significant digits; "–" for what was not measured."""
     return "–" if value is None else f"{value:.3g}"
@@ -85,16 +91,19 @@ def lm_eval_table(evaluation: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def interference_tables(interference: Mapping[str, Any]) -> list[str]:
     """Markdown tables of ‖ΔW X‖ / ‖W X‖: over all sources, by source, by probe; those that were measured.
 
-    In front of them the budget that training kept to, where there was one.
+    In front of them the budget that training kept to, where there was one; beside them the divergence of the output.
     """
-    head = ["largest module", "mean over modules"]
+    head = ["largest module", "mean over modules", "divergence, nats a token"]
+
+    def cells(found: Mapping[str, Any]) -> list[str]:
+        return [number(found.get(key)) for key in ("max", "mean", "divergence")]
+
     tables = [budget_sentence(budget)] if (budget := interference.get("budget")) else []
     if interference.get("max") is not None:
-        overall = ["calibration mixture", number(interference["max"]), number(interference.get("mean"))]
-        tables.append(markdown_table(["", *head], [overall]))
+        tables.append(markdown_table(["", *head], [["calibration mixture", *cells(interference)]]))
     for kind in ("source", "probe"):
         if by_name := interference.get(f"by_{kind}"):
-            rows = [[name, number(value.get("max")), number(value.get("mean"))] for name, value in by_name.items()]
+            rows = [[name, *cells(value)] for name, value in by_name.items()]
             tables.append(markdown_table([kind, *head], rows))
     return tables
 
@@ -220,7 +229,7 @@ def _card_text(
     if tables := interference_tables(card.get("interference") or {}):
         parts += [
             "## Interference",
-            "‖ΔW X‖ / ‖W X‖: how far the adapter moves what each layer did on a text.",
+            INTERFERENCE,
             *tables,
         ]
     if evaluation := card.get("evaluation"):

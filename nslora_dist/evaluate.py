@@ -19,6 +19,7 @@ from nslora_dist.engines import Engine
 from nslora_dist.errors import Preempted
 from nslora_dist.lm_eval_bridge import LmEval
 from nslora_dist.recipe import EvaluationSection, PromptSet
+from nslora_dist.supervised import Compared
 
 ADAPTATION = "adaptation"
 
@@ -158,6 +159,35 @@ def forward_interference(
     return found
 
 
+def divergence(
+    engine: Engine, texts: Sequence[CalibrationTexts], *, batch_size: int, device: torch.device
+) -> dict[str, float]:
+    """How far the adapted model's next tokens are from the base's: mean over tokens of KL(base ‖ adapted), in nats.
+
+    Interference looks at each module by itself and at the base's own activations. What all updates come to together,
+    each reading what those before it have moved, it cannot see; this can, for two passes over the texts, collective.
+
+    Returns:
+        Source or probe → mean; under ``calibration`` that of the sources by their weights.
+    """
+    found: dict[str, float] = {}
+    for text in texts:
+        batches = text_batches(text.calibration, batch_size=batch_size, rank=dist.rank(), world_size=dist.world_size())
+        total = torch.zeros(2, dtype=torch.float64, device=device)
+        for batch in even_batches(batches, device=device):
+            watch.progress(f"divergence on {text.name}")
+            compared = Compared(**vars(batch.to(device)))
+            with observed(engine.model):
+                base = engine.matches(compared)
+            total += engine.matches(replace(compared, against=base))
+        nats, tokens = dist.all_reduce(total).tolist()
+        found[text.name] = nats / tokens
+    weights = {text.name: text.weight for text in texts if text.weight is not None}
+    if weights:
+        found[MIXTURE] = sum(weight * found[name] for name, weight in weights.items()) / sum(weights.values())
+    return found
+
+
 def live_interference(engine: Engine) -> dict[str, dict[str, Tensor]]:
     """name → module → (), what the last forward pass with ``measure`` set left on the adapted linears."""
     found: dict[str, dict[str, Tensor]] = {}
@@ -167,19 +197,27 @@ def live_interference(engine: Engine) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def summarise(found: Mapping[str, Mapping[str, Tensor]], texts: Sequence[CalibrationTexts]) -> dict[str, Any] | None:
-    """``max``, ``mean``, ``rms`` and ``per_module`` of the mixture; ``by_source``, ``by_probe`` with max and mean."""
+def summarise(
+    found: Mapping[str, Mapping[str, Tensor]],
+    texts: Sequence[CalibrationTexts],
+    divergence: Mapping[str, float] | None = None,
+) -> dict[str, Any] | None:
+    """``max``, ``mean``, ``rms`` and ``per_module`` of the mixture; ``by_source``, ``by_probe`` with the first three.
+
+    Where ``divergence`` is given, each of them has its ``divergence`` too.
+    """
     if not found:
         return None
 
-    def ends(values: Mapping[str, Tensor]) -> dict[str, float]:
-        stacked = torch.stack(list(values.values())).double()
+    def ends(name: str) -> dict[str, float]:
+        stacked = torch.stack(list(found[name].values())).double()
         rms = stacked.square().mean().sqrt()
-        return {"max": float(stacked.max()), "mean": float(stacked.mean()), "rms": float(rms)}
+        ends = {"max": float(stacked.max()), "mean": float(stacked.mean()), "rms": float(rms)}
+        return ends if divergence is None else ends | {"divergence": divergence[name]}
 
     return {
-        **ends(found[MIXTURE]),
+        **ends(MIXTURE),
         "per_module": {module: float(value) for module, value in found[MIXTURE].items()},
-        "by_source": {text.name: ends(found[text.name]) for text in texts if text.weight is not None},
-        "by_probe": {text.name: ends(found[text.name]) for text in texts if text.weight is None},
+        "by_source": {text.name: ends(text.name) for text in texts if text.weight is not None},
+        "by_probe": {text.name: ends(text.name) for text in texts if text.weight is None},
     }

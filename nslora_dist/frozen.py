@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nslora_dist import nf4
-from nslora_dist.linear import LowRank, frozen_linear, head_loss, head_scores
+from nslora_dist.linear import LowRank, frozen_linear, head_divergence, head_loss, head_scores
 
 
 class FrozenLinear(nn.Module):
@@ -74,8 +74,20 @@ class FrozenHead(nn.Module):
         super().__init__()
         self.weight = weight
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, *, by_token: bool = False) -> Tensor:
-        """(n, d) → () float32 Σ −log p(label), or ``head_scores`` of each, or (n, vocabulary) logits without labels."""
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        *,
+        by_token: bool = False,
+        against: Tensor | None = None,
+    ) -> Tensor:
+        """(n, d) → () float32 Σ −log p(label), or ``head_scores`` of each, or (n, vocabulary) logits without labels.
+
+        With other hidden states ``against`` (n, d): ``head_divergence``.
+        """
+        if against is not None:
+            return head_divergence(hidden, against, self.weight)
         if labels is None:
             return nn.functional.linear(hidden, self.weight)
         if by_token:

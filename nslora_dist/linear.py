@@ -175,3 +175,24 @@ def head_scores(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         found[part, 0] = logits.gather(-1, labels[part, None])[:, 0] - logits.logsumexp(-1)
         found[part, 1] = (logits.argmax(-1) == labels[part]).float()
     return found
+
+
+def head_divergence(hidden: Tensor, against: Tensor, weight: Tensor) -> Tensor:
+    """KL(softmax(W g) ‖ softmax(W h)) of each token, with as few logits in memory as ``head_loss``.
+
+    Args:
+        hidden: h, (n, d).
+        against: g, (n, d).
+        weight: (vocabulary, d).
+
+    Returns:
+        (n,) float32, in nats; two roundings of the same h are about 1e-7 apart, or 1e-4 where h is bfloat16.
+    """
+    found = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    step = max(1, HEAD_CHUNK_BYTES // (8 * weight.shape[0]))
+    for start in range(0, len(hidden), step):
+        part = slice(start, start + step)
+        wanted = functional.linear(against[part], weight).float().log_softmax(-1)
+        given = functional.linear(hidden[part], weight).float().log_softmax(-1)
+        found[part] = (wanted.exp() * (wanted - given)).sum(-1)
+    return found

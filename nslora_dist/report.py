@@ -11,6 +11,7 @@ from torch import Tensor
 from nslora_dist import dist
 from nslora_dist.artifacts import naming, write_json, write_text
 from nslora_dist.card import (
+    INTERFERENCE,
     arm_label,
     evaluation_table,
     interference_tables,
@@ -107,9 +108,9 @@ def write_report(run: Path, report: Mapping[str, Any]) -> None:
         run: the run's folder, made if need be.
         report: ``recipe`` (resolved), ``engine``, ``world_size``, ``quantization``, ``losses`` (one an optimizer step),
             ``evaluation`` ({arm: {adaptation, retention, retention_by, learning_rate?, lm_eval?}}), ``interference``
-            ({max, mean, per_module, by_source, by_probe}), ``interference_by_arm``, ``leak`` ({calibration, heldout,
-            random}), ``seconds`` (by phase), ``tokens_per_second``, ``peak_memory_bytes``, ``adapter`` (path), ``data``
-            (counts),
+            ({max, mean, rms, divergence, per_module, by_source, by_probe}), ``interference_by_arm``, ``leak``
+            ({calibration, heldout, random}), ``seconds`` (by phase), ``tokens_per_second``, ``peak_memory_bytes``,
+            ``adapter`` (path), ``data`` (counts),
             ``spectra`` ({group: {eigenvalues ascending, rank, index?, size?, modules?}}), ``weight_null_space`` ({arm:
             {threshold, dim, left_out, modules}}, as ``WeightNullSpace.facts``), ``rows`` ({set: counts, as
             ``RowCounts.facts``}), ``skipped`` (steps), ``trained_by`` ({arm: [{engine, world_size, from, to}]}).
@@ -173,6 +174,7 @@ def _arms(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     known = interference_by_arm(report)
     more: dict[str, Callable[[str], float | None]] = {
         "rms interference": lambda arm: _rms(known.get(arm, {})),
+        "output divergence": lambda arm: known.get(arm, {}).get("divergence"),
         "max interference": lambda arm: known.get(arm, {}).get("max"),
         "learning rate": lambda arm: evaluation[arm].get("learning_rate"),
     }
@@ -217,7 +219,7 @@ def _markdown(report: Mapping[str, Any], drawn: Sequence[str]) -> str:
     if tables := interference_tables(report.get("interference") or {}):
         parts += [
             "## Interference",
-            "‖ΔW X‖ / ‖W X‖: how far the adapter moves what each layer did on a text.",
+            INTERFERENCE,
             *tables,
         ]
         parts += [f"![{CAPTIONS[name]}](plots/{name}.png)" for name in drawn if name == "interference"]

@@ -27,6 +27,19 @@ class Continued(Batch):
     cache: Cache | None = None
 
 
+@dataclass(frozen=True)
+class Compared(Batch):
+    """Asks evaluation mode for hidden states, or how far the next tokens are from those of other hidden states.
+
+    All tokens count that are no padding; ``labels`` are not read.
+
+    Attributes:
+        against: (b, s, d), as an earlier pass gave them; None asks for them.
+    """
+
+    against: Tensor | None = None
+
+
 class SupervisedModel(nn.Module):
     """Next-token loss in training, greedy exact match in evaluation; logits exist at supervised positions alone."""
 
@@ -47,10 +60,14 @@ class SupervisedModel(nn.Module):
             the prompt gives exactly the labelled response. That is read off one pass: it does if and only if every
             label is the argmax given the labels before it. False for rows without labels.
             In evaluation mode, of a ``Scored`` batch (b, 2) float64: the log-likelihood summed over a row's labels, and
-            1 where every one of them is the argmax; of a ``Continued`` one (b,) int64: the next tokens.
+            1 where every one of them is the argmax; of a ``Continued`` one (b,) int64: the next tokens; of a
+            ``Compared`` one (b, s, d) hidden states, or (2,) float64: the divergence in nats, summed over tokens, and
+            their number.
         """
         if isinstance(batch, Continued):
             return self._next(batch)
+        if isinstance(batch, Compared):
+            return self._compared(batch)
         scored = isinstance(batch, Scored)
         # Whoever scores a row of one token more than the model is made for is not to run it past its end.
         seen, mask = (slice(None, -1) if scored else slice(None)), batch.attention_mask
@@ -83,3 +100,17 @@ class SupervisedModel(nn.Module):
             use_cache=True,
         ).last_hidden_state
         return self.model.lm_head(hidden[:, -1]).argmax(-1)
+
+    def _compared(self, batch: Compared) -> Tensor:
+        hidden: Tensor = self.model.model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        if batch.against is None:
+            return hidden
+        real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
+        real = real.bool() & (batch.unmasked_padding == 0)
+        by_token = self.model.lm_head(hidden[real], against=batch.against[real]).double()
+        return torch.stack([by_token.sum(), real.sum().double()])

@@ -8,7 +8,7 @@ import numpy as np
 
 from nslora_dist.study.analysis import Line, forgetting, grouped
 from nslora_dist.study.spec import AGGREGATES, FEW, PIECES
-from nslora_dist.study.statistics import Interval, over_pairs, safe_below, spearman
+from nslora_dist.study.statistics import Array, Interval, over_pairs, safe_below, spearman
 
 LOST = 0.01
 """Of all answers: forgetting above this is a loss."""
@@ -107,21 +107,27 @@ def _calibration(lines: Sequence[Line], *, draws: int) -> dict[str, Any]:
 
 
 def _probes(lines: Sequence[Line], *, draws: int) -> dict[str, Any]:
-    pairs = [
-        (piece, float(line["interference"]["probes"][piece]["rms"]), forgetting(line, piece), line["id"])
-        for line in lines
-        for piece in line["interference"]["probes"]
-    ]
-    everything = over_pairs(
-        [p[1] for p in pairs], [p[2] for p in pairs], spearman, draws=draws, clusters=[p[3] for p in pairs]
-    )
+    """Each probe with the forgetting of its own piece, over all cells: by interference (rms) and by divergence."""
+    pieces = list(lines[0]["interference"]["probes"])
+
+    def pairs(kind: str, own: Sequence[str]) -> tuple[list[float], list[float], list[str]]:
+        of_line = [(line, piece) for line in lines for piece in own]
+        x = [float(line["interference"]["probes"][piece][kind]) for line, piece in of_line]
+        return x, [forgetting(line, piece) for line, piece in of_line], [line["id"] for line, _ in of_line]
+
+    def correlation(kind: str, own: Sequence[str]) -> dict[str, Any]:
+        x, y, where = pairs(kind, own)
+        return asdict(over_pairs(x, y, spearman, draws=draws, clusters=where))
+
+    def safe(a: Array, b: Array) -> float | None:
+        return safe_below(a, b, lost=LOST, allowed=ALLOWED[-1])
+
     by_piece: dict[str, Any] = {}
-    for piece in dict.fromkeys(p[0] for p in pairs):
-        x, y = [p[1] for p in pairs if p[0] == piece], [p[2] for p in pairs if p[0] == piece]
+    for piece in pieces:
+        x, y, _ = pairs("rms", [piece])
         by_piece[piece] = {
-            "spearman": asdict(over_pairs(x, y, spearman, draws=draws)),
-            "safe_below": asdict(
-                over_pairs(x, y, lambda a, b: safe_below(a, b, lost=LOST, allowed=ALLOWED[-1]), draws=draws)
-            ),
+            "spearman": correlation("rms", [piece]),
+            "kl": correlation("kl", [piece]),
+            "safe_below": asdict(over_pairs(x, y, safe, draws=draws)),
         }
-    return {"all": asdict(everything), "by_piece": by_piece}
+    return {"all": correlation("rms", pieces), "all_kl": correlation("kl", pieces), "by_piece": by_piece}

@@ -198,11 +198,12 @@ def _prediction(found: Mapping[str, Any]) -> list[str]:
         parts.append(markdown_table(header, own))
     parts += _settings_tables(found)
     rows = [
-        [piece, _interval(own["spearman"]), _interval(own["safe_below"])]
+        [piece, _interval(own["spearman"]), _interval(own["kl"]), _interval(own["safe_below"])]
         for piece, own in found["probes"]["by_piece"].items()
     ]
-    rows.append(["all together", _interval(found["probes"]["all"]), NONE])
-    parts += ["Probe by probe, over all cells:", markdown_table(["piece", "across", "safe below: 5%"], rows)]
+    rows.append(["all together", _interval(found["probes"]["all"]), _interval(found["probes"]["all_kl"]), NONE])
+    header = ["piece", "interference", "divergence", f"interference safe below: {ALLOWED[-1]:.0%}"]
+    parts += ["Probe by probe, over all cells, each with what is lost of its own piece:", markdown_table(header, rows)]
     return parts
 
 

@@ -13,7 +13,7 @@ from helpers.world import make_base, make_recipe, make_texts, write_rows, zero_c
 from nslora_dist import dist
 from nslora_dist.adapter import adapted_linears
 from nslora_dist.errors import UserError
-from nslora_dist.evaluate import forward_interference, summarise
+from nslora_dist.evaluate import divergence, forward_interference, summarise
 
 ENGINES = {"single": 1, "zero3": 2, "fsdp2": 2}
 IDS = torch.randint(3, 63, (2, 12), generator=torch.Generator().manual_seed(5))
@@ -89,6 +89,7 @@ class Found:
         scale: alpha / rank.
         live: name → module → interference as the pipeline reports it.
         forward: the same by a forward pass.
+        divergence: name → mean KL(base ‖ adapted), nats a token.
         summary: the report's summary of ``live``.
         logits: float32 (b, s - 1, vocabulary) for ``IDS`` after training, and ``start`` before it.
         adapter: the exported folder.
@@ -103,6 +104,7 @@ class Found:
     scale: float
     live: dict[str, dict[str, float]]
     forward: dict[str, dict[str, float]]
+    divergence: dict[str, float]
     summary: dict[str, Any]
     logits: Tensor
     start: Tensor
@@ -153,6 +155,7 @@ def _run_case(engine: str, case: Case, world: Path, output: Path, space: Path) -
         assert before.keys() == after.keys()
         live = stage.interference()
         forward = forward_interference(stage.engine, stage.run.texts, batch_size=3, device=stage.run.device)
+        together = divergence(stage.engine, stage.run.texts, batch_size=3, device=stage.run.device)
         factors = {}
         for name, module in adapted_linears(stage.engine.model).items():
             found = {key: getattr(module, value, None) for key, value in PARTS.items()}
@@ -166,7 +169,8 @@ def _run_case(engine: str, case: Case, world: Path, output: Path, space: Path) -
             scale=recipe.adapter.scale,
             live=_numbers(live),
             forward=_numbers(forward),
-            summary=summarise(live, stage.run.texts) or {},
+            divergence=together,
+            summary=summarise(live, stage.run.texts, together) or {},
             logits=stage.logits(IDS),
             start=start,
             adapter=stage.export(output / "exported"),

@@ -147,6 +147,20 @@ def dense_energies(base: nn.Module, updates: dict[str, Tensor], sequences: Seque
     return sums
 
 
+@torch.no_grad()
+def dense_divergence(base: nn.Module, updates: dict[str, Tensor], sequences: Sequence[Tensor]) -> float:
+    """Mean over all tokens of KL(base ‖ base with the updates added to its weights), each sequence alone."""
+    before = [base(input_ids=ids[None]).logits.log_softmax(-1) for ids in sequences]
+    weights = {name: base.get_submodule(name).weight for name in updates}
+    for name, update in updates.items():
+        weights[name].data += update
+    after = [base(input_ids=ids[None]).logits.log_softmax(-1) for ids in sequences]
+    for name, update in updates.items():
+        weights[name].data -= update
+    total = sum(float((b.exp() * (b - a)).sum()) for b, a in zip(before, after, strict=True))
+    return total / sum(len(ids) for ids in sequences)
+
+
 def plain_base(folder: Path, *, dtype: str, quantised: bool = False) -> PreTrainedModel:
     """Hugging Face's own model of the base in ``dtype``; with ``quantised``, its blocks' linears rounded to NF4.
 

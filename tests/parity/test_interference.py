@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from helpers.parity_run import CASES, ENGINES, Found, dense_update
-from helpers.stages import dense_energies, plain_base
+from helpers.stages import dense_divergence, dense_energies, plain_base
 
 Results = dict[str, dict[str, Found]]
 Ratios = dict[str, dict[str, float]]
@@ -87,12 +87,39 @@ def test_equals_the_direct_ratio(found: Results, bases: dict[Any, nn.Module], en
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("case", CASES)
+def test_divergence_is_that_of_the_merged_model(
+    found: Results, bases: dict[Any, nn.Module], engine: str, case: str
+) -> None:
+    """Float32: a log-probability is rounded to about 1e-6, which KL, near zero a square, sees as 1e-6 of itself less.
+
+    bfloat16: hidden states are rounded to 2⁻⁹, so a log-probability to about 1e-2, and the divergence of two roundings
+    of one model is about 1e-4; half of a small value is noise then.
+    """
+    result = found[engine][case]
+    section = CASES[case].changes["base_model"]
+    base = bases[_key(CASES[case].base, section)]
+    updates = {name: dense_update(parts, result.scale) for name, parts in result.factors.items()}
+    expected = {name: dense_divergence(base, updates, texts) for name, (_, texts) in result.texts.items()}
+    weights = {name: weight for name, (weight, _) in result.texts.items() if weight is not None}
+    expected["calibration"] = sum(w * expected[name] for name, w in weights.items()) / sum(weights.values())
+    if section.get("dtype") == "bfloat16":
+        assert result.divergence == pytest.approx(expected, rel=0.5, abs=2e-4)
+        return
+    assert result.divergence == pytest.approx(expected, rel=1e-3, abs=1e-7)
+    if case in ("delta", "lora", "null_lora"):
+        assert min(expected.values()) > 1e-5, "nothing moved, so nothing was compared"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_summary(found: Results, engine: str) -> None:
     result = found[engine]["delta"]
     mixture = result.live["calibration"]
     assert result.summary["per_module"] == mixture and len(mixture) == 14
     assert result.summary["max"] == pytest.approx(max(mixture.values()))
     assert result.summary["mean"] == pytest.approx(sum(mixture.values()) / 14)
+    assert result.summary["divergence"] == result.divergence["calibration"]
+    assert result.summary["by_probe"]["p"]["divergence"] == result.divergence["p"]
     assert set(result.summary["by_source"]) == {"a", "b"} and set(result.summary["by_probe"]) == {"p"}
     assert result.summary["by_probe"]["p"]["max"] == pytest.approx(max(result.live["p"].values()))
 

@@ -1,0 +1,43 @@
+"""The divergence of two heads' outputs, and what the report makes of it."""
+
+import pytest
+import torch
+from torch import nn
+
+from nslora_dist import linear
+from nslora_dist.calibration_data import CalibrationTexts
+from nslora_dist.card import interference_tables
+from nslora_dist.evaluate import summarise
+from nslora_dist.frozen import FrozenHead
+
+
+@pytest.mark.parametrize("chunk", [8, 8 * 40 * 3, 2**30])
+def test_is_the_kl_of_the_next_token(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """In chunks of one token, of three, and of all; float32 rounds a log-probability to 1e-6 here."""
+    monkeypatch.setattr(linear, "HEAD_CHUNK_BYTES", chunk)
+    generator = torch.Generator().manual_seed(0)
+    base, moved = torch.randn(2, 7, 16, generator=generator)
+    head = FrozenHead(nn.Parameter(torch.randn(40, 16, generator=generator), requires_grad=False))
+    wanted, given = ((hidden.double() @ head.weight.double().T).log_softmax(-1) for hidden in (base, moved))
+    expected = nn.functional.kl_div(given, wanted, log_target=True, reduction="none").sum(-1)
+    assert head(moved, against=base).double() == pytest.approx(expected, rel=1e-5)
+    assert head(base, against=base).abs().max() == 0
+    assert head(base[:0], against=base[:0]).shape == (0,)
+    # The order is told apart.
+    assert head(base, against=moved).double() != pytest.approx(expected, rel=0.05)
+
+
+def test_stands_beside_the_interference() -> None:
+    texts = [
+        CalibrationTexts("facts", 1.0, [], [], "", 0, None),  # type: ignore[arg-type]
+        CalibrationTexts("french", None, [], [], "", 0, None),  # type: ignore[arg-type]
+    ]
+    ratios = {name: {"a": torch.tensor(0.3), "b": torch.tensor(0.4)} for name in ("calibration", "facts", "french")}
+    found = summarise(ratios, texts, {"calibration": 0.25, "facts": 0.25, "french": 1.5})
+    assert found is not None
+    assert found["divergence"] == 0.25 and found["by_probe"]["french"]["divergence"] == 1.5
+    tables = "\n".join(interference_tables(found))
+    assert "| calibration mixture | 0.4 | 0.35 | 0.25 |" in tables and "| french | 0.4 | 0.35 | 1.5 |" in tables
+    # An older run's figures have none.
+    older = summarise(ratios, texts)
+    assert older is not None and "| french | 0.4 | 0.35 | – |" in "\n".join(interference_tables(older))
