@@ -42,7 +42,7 @@ def text_of(found: Mapping[str, Any], *, name: str, missing: int, plots: Sequenc
     parts = [f"# Study {name}: {found['cells']} cells"]
     if missing:
         parts.append(f"**Unfinished: {missing} cells are missing.**")
-    parts.append(HOW)
+    parts += [_headline(found["settings"]), HOW]
     for setting in found["settings"]:
         title = f"{setting['size']}, {setting['task']}, calibrated on {setting['calibration']}"
         parts += [f"## {title}", _base(setting), _arms_table(setting), _pieces_table(setting)]
@@ -67,6 +67,32 @@ HOW = (
     f"and {KEEPS:.0%} of the knowledge kept. *s*, *cpu s*: of a cell, by the clock and of the processor. Methods of "
     "this repository are set in bold; rows are in the order of their area."
 )
+
+
+def _headline(settings: Sequence[Mapping[str, Any]]) -> str:
+    """Every arm in one row, on every base and task with the first calibration, by its mean area."""
+    shown = [setting for setting in settings if setting["calibration"] == settings[0]["calibration"]]
+    every = {name: own for setting in shown for name, own in setting["arms"].items()}
+
+    def mean(name: str) -> float:
+        areas = [setting["arms"][name]["area"]["value"] for setting in shown if name in setting["arms"]]
+        return sum(areas) / len(areas)
+
+    def cells(name: str, setting: Mapping[str, Any]) -> list[str]:
+        own = setting["arms"].get(name)
+        if own is None:
+            return [NONE, NONE]
+        return [_interval(own["area"]), _interval(own["retention_at"][f"{SHARES[0]:g}"])]
+
+    # An arm that was run on one easy task alone would lead: those with most tasks come first.
+    count = {name: sum(name in setting["arms"] for setting in shown) for name in every}
+    order = sorted(every, key=lambda name: (-count[name], -mean(name)))
+    rows = [[_named(name, every[name]), *(c for setting in shown for c in cells(name, setting))] for name in order]
+    header = ["arm"]
+    for setting in shown:
+        where = f"{setting['size']} {setting['task'].replace('_', ' ')}"
+        header += [f"{where}: area", f"at {SHARES[0]:.0%}"]
+    return markdown_table(header, rows)
 
 
 def _base(setting: Mapping[str, Any]) -> str:

@@ -1,0 +1,80 @@
+"""The study's committed figures: each follows from the committed lines, and no document says anything else."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.launching import ROOT
+from nslora_dist.study.analysis import Line, analyse
+from nslora_dist.study.cells import cells_of
+from nslora_dist.study.lines import of_cells, read_lines, round_floats
+from nslora_dist.study.prediction import predict
+from nslora_dist.study.spec import load_study
+from nslora_dist.study.summary import text_of
+
+FOLDER = ROOT / "docs" / "study"
+STUDY = load_study("frontier")
+
+
+@pytest.fixture(scope="module")
+def lines() -> list[Line]:
+    found, torn = read_lines(FOLDER / "cells.jsonl")
+    assert torn == 0
+    return of_cells(found, cells_of(STUDY))
+
+
+@pytest.fixture(scope="module")
+def summary() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((FOLDER / "summary.json").read_text())
+    return found
+
+
+def leaves(value: Any, where: str = "") -> dict[str, Any]:
+    """Path → number or text of a JSON tree."""
+    if isinstance(value, dict):
+        return {k: v for key, inner in value.items() for k, v in leaves(inner, f"{where}/{key}").items()}
+    if isinstance(value, list):
+        return {k: v for place, inner in enumerate(value) for k, v in leaves(inner, f"{where}/{place}").items()}
+    return {where: value}
+
+
+def test_every_line_is_of_this_study_and_of_one_base(lines: list[Line]) -> None:
+    assert len(lines) == sum(1 for _ in (FOLDER / "cells.jsonl").open())
+    for size in {line["size"] for line in lines}:
+        assert len({line["base_hash"] for line in lines if line["size"] == size}) == 1
+    assert not [line["version"] for line in lines if "dirty" in line["version"]], "measured by code that nobody has"
+
+
+def test_the_figures_follow_from_the_lines(lines: list[Line], summary: dict[str, Any]) -> None:
+    """Everything but the intervals, which are drawn at random: a few draws tell that the values are the lines'."""
+    again = json.loads(
+        json.dumps(round_floats(analyse(lines, STUDY, draws=2) | {"prediction": predict(lines, draws=2)}))
+    )
+    drawn = ("/low", "/high", "/share")
+    found, expected = ({k: v for k, v in leaves(x).items() if not k.endswith(drawn)} for x in (again, summary))
+    assert found.keys() == expected.keys()
+    different = [key for key in found if found[key] != pytest.approx(expected[key], rel=1e-4)]
+    assert different == []
+
+
+def test_the_text_is_the_figures(lines: list[Line], summary: dict[str, Any]) -> None:
+    text = (FOLDER / "summary.md").read_text()
+    plots = [Path("plots") / name for name in sorted(path.name for path in (FOLDER / "plots").glob("*.png"))]
+    missing = len(cells_of(STUDY)) - len(lines)
+    again = text_of(summary, name="frontier", missing=missing, plots=plots)
+    assert sorted(again.splitlines()) == sorted(text.splitlines())
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/study.md"])
+def test_documents_quote_the_summary(document: str) -> None:
+    """A row of a table that names the study's columns stands in the summary as it is."""
+    rows = set((FOLDER / "summary.md").read_text().splitlines())
+    quoted, inside = [], False
+    for row in (ROOT / document).read_text().splitlines():
+        inside = row.startswith("|") and (inside or row in rows)
+        if inside:
+            quoted.append(row)
+    assert len(quoted) > 5
+    assert [row for row in quoted if row not in rows] == []
