@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nslora_dist.plots import COLORS, MARKERS, STYLE
-from nslora_dist.study.analysis import Line, curves, forgetting, grouped, of_calibration, relative_retention
+from nslora_dist.study.analysis import (
+    Line,
+    curves,
+    forgetting,
+    grouped,
+    of_calibration,
+    relative_retention,
+    setting_of,
+)
 from nslora_dist.study.spec import Study
 from nslora_dist.study.statistics import frontier
 
@@ -29,6 +37,9 @@ def draw_study(folder: Path, lines: Sequence[Line], study: Study) -> list[Path]:
     looks = {arm: number for number, arm in enumerate(sorted({line["arm"] for line in lines}))}
     drawn = []
     methods = [line for line in lines if any(study.grids[grid].along is None for grid in line["grids"])]
+    if methods:
+        drawn.append(folder / "headline.png")
+        _save(drawn[-1], partial(_headline, lines=methods, looks=looks), width=12.0)
     for (size, task), own in grouped(methods, lambda line: (line["size"], line["task"])).items():
         for calibration in dict.fromkeys(line["calibration"] for line in own):
             chosen = of_calibration(own, calibration)
@@ -41,7 +52,7 @@ def draw_study(folder: Path, lines: Sequence[Line], study: Study) -> list[Path]:
         drawn.append(folder / f"{curve['grid']}_{curve['size']}_{curve['task']}.png")
         _save(drawn[-1], partial(_curve, curve=curve), width=8.0)
     path = folder / "prediction.png"
-    _save(path, partial(_prediction, lines=lines, looks=looks), width=8.0)
+    _save(path, partial(_prediction, lines=lines, looks=looks), width=12.0)
     probes = folder / "probes.png"
     _save(probes, partial(_probes, lines=lines), width=8.0)
     return [*drawn, path, probes]
@@ -84,27 +95,45 @@ def most_kept(adaptation: Sequence[float], retention: Sequence[float], start: fl
     return found
 
 
+def _headline(figure: "Figure", lines: Sequence[Line], looks: Mapping[str, int]) -> None:
+    """Every arm's frontier over all its settings with the first calibration, a base and task a panel."""
+    calibration = lines[0]["calibration"]
+    of_task = grouped(lines, lambda line: (line["size"], line["task"]))
+    panels = figure.subplots(1, len(of_task), sharey=True, squeeze=False)[0]
+    for axes, ((size, task), everything) in zip(panels, of_task.items(), strict=True):
+        own = of_calibration(everything, calibration)
+        start = float(own[0]["base"]["adaptation"])
+        for arm, here in sorted(grouped(own, lambda line: line["arm"]).items()):
+            _frontier(axes, here, start=start, look=_look(looks[arm]), label=arm)
+        axes.set(xlabel="adaptation (task accuracy)", title=f"{size}, {task.replace('_', ' ')}", xlim=(-0.02, 1.02))
+    panels[0].set(ylabel="retention, of the base's", ylim=(0.38, 1.02))
+    _legend(figure)
+
+
+def _frontier(axes: "Axes", lines: Sequence[Line], *, start: float, look: Mapping[str, Any], label: str) -> None:
+    """Of one arm: its settings' means, the frontier of these, and the range of the seeds' own frontiers."""
+    by_seed = [
+        most_kept([float(x["adaptation"]) for x in own], [relative_retention(x) for x in own], start)
+        for own in grouped(lines, lambda line: line["seed"]).values()
+    ]
+    curves = np.nan_to_num(np.array(by_seed), nan=0.0)
+    if len(curves) > 1:
+        axes.fill_between(FINE, curves.min(0), curves.max(0), color=look["color"], alpha=0.12, linewidth=0)
+    settings = grouped(lines, setting_of).values()
+    a = [float(np.mean([x["adaptation"] for x in own])) for own in settings]
+    r = [float(np.mean([relative_retention(x) for x in own])) for own in settings]
+    axes.plot(a, r, linestyle="none", marker=look["marker"], color=look["color"], markersize=5, label=label)
+    axes.plot(FINE, most_kept(a, r, start), color=look["color"], linestyle=look["linestyle"], linewidth=1.3)
+
+
 def _frontiers(figure: "Figure", lines: Sequence[Line], looks: Mapping[str, int], title: str) -> None:
     for decay, axes in _panels(figure, lines).items():
         here = [line for line in lines if float(line["weight_decay"]) == decay]
         start = float(here[0]["base"]["adaptation"])
         for arm, own in sorted(grouped(here, lambda line: line["arm"]).items()):
-            look = _look(looks[arm])
-            by_seed = [
-                most_kept([float(x["adaptation"]) for x in of], [relative_retention(x) for x in of], start)
-                for of in grouped(own, lambda line: line["seed"]).values()
-            ]
-            curves = np.nan_to_num(np.array(by_seed), nan=0.0)
-            if len(curves) > 1:
-                axes.fill_between(FINE, curves.min(0), curves.max(0), color=look["color"], alpha=0.12, linewidth=0)
-            rates = grouped(own, lambda line: line["learning_rate"]).values()
-            a = [float(np.mean([x["adaptation"] for x in of])) for of in rates]
-            r = [float(np.mean([relative_retention(x) for x in of])) for of in rates]
-            axes.plot(a, r, linestyle="none", marker=look["marker"], color=look["color"], markersize=5, label=arm)
-            axes.plot(FINE, most_kept(a, r, start), color=look["color"], linestyle=look["linestyle"], linewidth=1.3)
+            _frontier(axes, own, start=start, look=_look(looks[arm]), label=arm)
         axes.set(xlabel="adaptation (task accuracy)", title=f"weight decay {decay:g}", xlim=(-0.02, 1.02))
-    axes_of = figure.axes
-    axes_of[0].set(ylabel="retention, of the base's", ylim=(-0.02, 1.04))
+    figure.axes[0].set(ylabel="retention, of the base's", ylim=(-0.02, 1.04))
     _legend(figure)
     figure.suptitle(title)
 
@@ -154,13 +183,16 @@ def _curve(figure: "Figure", curve: Mapping[str, Any]) -> None:
 
 
 def _prediction(figure: "Figure", lines: Sequence[Line], looks: Mapping[str, int]) -> None:
-    axes = figure.subplots()
-    for arm, own in sorted(grouped(lines, lambda line: line["arm"]).items()):
-        x = [max(LOWEST, float(line["interference"]["calibration"]["rms"])) for line in own]
-        look = _look(looks[arm]) | {"linestyle": "none"}
-        axes.plot(x, [forgetting(line) for line in own], **look, markersize=4, alpha=0.7, label=arm)
-    axes.set(xscale="log", xlabel="interference on the calibration texts (rms over modules)", ylabel="forgetting")
-    axes.set_title("Forgetting, and what was measured before any evaluation")
+    panels = figure.subplots(1, 2, sharey=True)
+    kinds = {"rms": "interference, rms over modules", "kl": "divergence of the output, nats a token"}
+    for axes, (kind, label) in zip(panels, kinds.items(), strict=True):
+        for arm, own in sorted(grouped(lines, lambda line: line["arm"]).items()):
+            x = [max(LOWEST, float(line["interference"]["calibration"][kind])) for line in own]
+            look = _look(looks[arm]) | {"linestyle": "none"}
+            axes.plot(x, [forgetting(line) for line in own], **look, markersize=4, alpha=0.7, label=arm)
+        axes.set(xscale="log", xlabel=f"{label}, on the calibration texts")
+    panels[0].set(ylabel="forgetting")
+    figure.suptitle("Forgetting, and what was measured before any evaluation")
     _legend(figure)
 
 

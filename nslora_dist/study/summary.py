@@ -42,7 +42,9 @@ def text_of(found: Mapping[str, Any], *, name: str, missing: int, plots: Sequenc
     parts = [f"# Study {name}: {found['cells']} cells"]
     if missing:
         parts.append(f"**Unfinished: {missing} cells are missing.**")
-    parts += [_headline(found["settings"]), HOW]
+    parts += [_headline(found["settings"])] if found["settings"] else []
+    parts += [f"![{path.stem}]({path})" for path in plots if path.stem == "headline"]
+    parts.append(HOW)
     for setting in found["settings"]:
         title = f"{setting['size']}, {setting['task']}, calibrated on {setting['calibration']}"
         parts += [f"## {title}", _base(setting), _arms_table(setting), _pieces_table(setting)]

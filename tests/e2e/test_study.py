@@ -183,7 +183,7 @@ def test_every_figure_of_the_summary_comes_from_the_lines(done: Path) -> None:
     for line in lines:  # as many sequences of a source as a calibration has are not few
         assert set(line["interference"]["few"]) == {"4", "16"}
     plots = re.findall(r"\]\((plots/[^)]+)\)", text)
-    assert len(plots) == 7 and all((done / plot).stat().st_size > 5000 for plot in plots)
+    assert len(plots) == 8 and all((done / plot).stat().st_size > 5000 for plot in plots)
 
 
 def test_the_summary_follows_the_lines(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
