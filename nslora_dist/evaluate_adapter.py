@@ -22,7 +22,7 @@ from nslora_dist.data import load_tokenizer
 from nslora_dist.engines import start_engine
 from nslora_dist.engines.base import Job, adapter_dtype
 from nslora_dist.errors import UserError
-from nslora_dist.evaluate import EvaluationSets, evaluate, forward_interference, summarise
+from nslora_dist.evaluate import EvaluationSets, divergence, evaluate, forward_interference, summarise
 from nslora_dist.input_groups import LinearShape, input_groups
 from nslora_dist.merging.tasks import StoredLora, read_stored
 from nslora_dist.plan.check import check
@@ -39,7 +39,8 @@ def run_evaluation(recipe: Recipe, device: torch.device, *, adapter: Sequence[st
     """Evaluates adapters on the recipe's base, prints one table and writes it as JSON; collective, rank 0 writes.
 
     The base is loaded once, with all adapters beside each other. Accuracy on the recipe's adaptation and retention
-    sets, and the interference on its calibration texts by a forward pass (METHODS.md §1d): what training reports.
+    sets, and interference (METHODS.md §1d) and divergence on its calibration texts by forward passes: what training
+    reports.
 
     Args:
         recipe: base, engine, evaluation sets and calibration texts; what it says of training is not used.
@@ -77,10 +78,11 @@ def run_evaluation(recipe: Recipe, device: torch.device, *, adapter: Sequence[st
     for name, own in stored.items():
         put_to_work(engine.model, name)
         scores[name] = evaluate(engine, sets, device=device)
-        found = forward_interference(engine, texts, batch_size=recipe.calibration.batch_size, device=device)
+        size = recipe.calibration.batch_size
+        found = forward_interference(engine, texts, batch_size=size, device=device)
         # The set's other modules belong to other adapters, and their zeros to no mean.
         mine = {text: {m: value for m, value in values.items() if m in own.factors} for text, values in found.items()}
-        interference[name] = summarise(mine, texts)
+        interference[name] = summarise(mine, texts, divergence(engine, texts, batch_size=size, device=device))
     engine.close()
     report = redact_all(
         strict(

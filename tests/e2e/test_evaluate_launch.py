@@ -81,6 +81,8 @@ def test_torchrun_prints_one_table_and_leaves_one_file(
             f["per_module"] for f in (found["interference_by_arm"][ours], report["interference_by_arm"][arm])
         )
         assert ratios == pytest.approx(wanted, rel=1e-3, abs=1e-4)
+        moved = found["interference_by_arm"][ours]["divergence"]
+        assert moved == pytest.approx(report["interference_by_arm"][arm]["divergence"], rel=1e-3, abs=1e-6)
         assert found["adapters"][ours]["same_base"] is True
     assert (found["engine"], found["world_size"]) == ("fsdp2", 2)
     before = target.read_bytes()

@@ -42,7 +42,9 @@ def check_run(folder: Path, *, engine: str, ranks: int) -> None:
     assert 0 < interference["mean"] <= interference["max"]
     assert interference["budget"] == {"limit": 0.005, "over": "module", "final": pytest.approx(0.005, rel=1e-6)}
     assert interference["max"] == pytest.approx(0.005, rel=1e-4)
+    assert 0 < interference["divergence"] < report["interference_by_arm"]["lora"]["divergence"]
     for name in ("report.md", "adapter/README.md"):
+        assert "divergence, nats a token" in (folder / name).read_text()
         assert "within a budget of 0.005 for every module" in (folder / name).read_text()
     assert "budget" not in report["interference_by_arm"]["lora"]
     assert "budget" not in (folder / "baselines/lora/README.md").read_text()
