@@ -13,18 +13,23 @@ from nslora_dist.study.statistics import Array, Interval, over_pairs, safe_below
 LOST = 0.01
 """Of all answers: forgetting above this is a loss."""
 ALLOWED = (0.0, 0.05)
+MISSING = "all that leave a piece out"
+LEAST = 8
+"""Cells that a rank correlation is taken over: of fewer it says nothing."""
 
 
 def predict(lines: Sequence[Line], *, draws: int) -> dict[str, Any]:
     """How interference on calibration texts goes with forgetting.
 
     Returns:
-        ``cells`` whose texts exercise every piece that is asked; of these ``aggregates`` (each with its correlation
-        across and within arms, and the value it is safe below), ``settings`` (the same of the root mean square, a size
-        and task at a time) and ``few`` (of the root mean square, by sequences a source). Of all cells: ``probes``,
-        each with its own piece, and ``calibrations``, where the texts may be about something else than what is asked.
+        ``cells`` whose texts exercise every piece that is asked, with as many sequences as any has. Of these
+        ``aggregates`` (each with its correlation across and within arms, and the value it is safe below), ``settings``
+        (``rms`` and ``kl``, a size and task at a time) and ``few`` (``rms``, by sequences a source). Of all cells:
+        ``probes``, each with its own piece, and ``calibrations``, where the texts may be about something else than
+        what is asked.
     """
-    whole = [line for line in lines if set(line["covered"]) == set(PIECES)]
+    most = max(int(line["sequences"]) for line in lines)
+    whole = [line for line in lines if set(line["covered"]) == set(PIECES) and line["sequences"] == most]
     by_setting = grouped(whole, lambda line: f"{line['size']}, {line['task']}")
     return {
         "cells": len(whole),
@@ -32,14 +37,13 @@ def predict(lines: Sequence[Line], *, draws: int) -> dict[str, Any]:
         if whole
         else {},
         "settings": {
-            name: {"cells": len(own)} | _aggregate(own, _rms, draws=draws) for name, own in by_setting.items()
+            name: {"cells": len(own)}
+            | {kind: _aggregate(own, _measured("calibration", kind), draws=draws) for kind in ("rms", "kl")}
+            for name, own in by_setting.items()
         },
         "few": _few(whole, draws=draws),
         "probes": _probes(lines, draws=draws),
-        "calibrations": {
-            name: _calibration(own, draws=draws)
-            for name, own in grouped(lines, lambda line: line["calibration"]).items()
-        },
+        "calibrations": _calibrations(lines, draws=draws),
     }
 
 
@@ -68,7 +72,8 @@ def _aggregate(lines: Sequence[Line], of: Callable[[Line], float | None], *, dra
     within = {}
     for arm in dict.fromkeys(line["arm"] for line in lines):
         own = [place for place, line in enumerate(lines) if line["arm"] == arm]
-        within[arm] = spearman(np.array(x)[own], np.array(y)[own])
+        if len(own) >= LEAST:
+            within[arm] = spearman(np.array(x)[own], np.array(y)[own])
     known = [value for value in within.values() if value is not None]
 
     def safe(allowed: float) -> Interval:
@@ -83,26 +88,35 @@ def _aggregate(lines: Sequence[Line], of: Callable[[Line], float | None], *, dra
 
 
 def _few(lines: Sequence[Line], *, draws: int) -> dict[str, Any]:
-    """Sequences a source → how well interference on that many tells, over the cells that have been measured on all."""
+    """Sequences a source → how well interference on the first so many tells, of the same cells each time."""
     same = [line for line in lines if len(line["interference"]["few"]) == len(FEW)]
     if not same:
         return {}
-    most = max(int(line["sequences"]) for line in same)
-    same = [line for line in same if line["sequences"] == most]
     found = {str(count): _aggregate(same, _measured("few", str(count)), draws=draws) for count in FEW}
-    return found | {str(most): _aggregate(same, _rms, draws=draws)}
+    return found | {str(same[0]["sequences"]): _aggregate(same, _rms, draws=draws)}
+
+
+def _calibrations(lines: Sequence[Line], *, draws: int) -> dict[str, Any]:
+    """Each calibration with cells enough; and all together that leave out a piece of what is asked."""
+    by_name = grouped(lines, lambda line: line["calibration"])
+    by_name[MISSING] = [line for line in lines if set(line["covered"]) != set(PIECES)]
+    return {name: _calibration(own, draws=draws) for name, own in by_name.items() if len(own) >= LEAST}
 
 
 def _calibration(lines: Sequence[Line], *, draws: int) -> dict[str, Any]:
     """Of the cells of one calibration: what interference on its texts says of all that is asked, and what probes do."""
     where = _clusters(lines)
     y = [forgetting(line) for line in lines]
-    probes = [float(np.mean([probe["rms"] for probe in line["interference"]["probes"].values()])) for line in lines]
+
+    def probes(kind: str) -> list[float]:
+        return [float(np.mean([probe[kind] for probe in line["interference"]["probes"].values()])) for line in lines]
+
     return {
         "cells": len(lines),
-        "covered": lines[0]["covered"],
+        "covered": sorted({piece for line in lines for piece in line["covered"]}, key=PIECES.index),
         "calibration": asdict(over_pairs([_rms(x) for x in lines], y, spearman, draws=draws, clusters=where)),
-        "probes": asdict(over_pairs(probes, y, spearman, draws=draws, clusters=where)),
+        "probes": asdict(over_pairs(probes("rms"), y, spearman, draws=draws, clusters=where)),
+        "probes_kl": asdict(over_pairs(probes("kl"), y, spearman, draws=draws, clusters=where)),
     }
 
 

@@ -243,9 +243,13 @@ def _settings_tables(found: Mapping[str, Any]) -> list[str]:
         return [name, cells, _interval(own["across"]), _score(own["within_mean"]), *safe]
 
     parts = []
-    if len(found["settings"]) > 1:
-        rows = [row(name, str(own["cells"]), own) for name, own in found["settings"].items()]
-        parts += ["The root mean square, a base and task at a time:", markdown_table(header, rows)]
+    rows = [
+        row(f"{name}: {kind}", str(own["cells"]), own[kind])
+        for name, own in found["settings"].items()
+        for kind in ("rms", "kl")
+    ]
+    if rows:
+        parts += ["A base and task at a time:", markdown_table(header, rows)]
     if found["few"]:
         rows = [row(f"{count} sequences a source", NONE, own) for count, own in found["few"].items()]
         parts += [
@@ -260,14 +264,15 @@ def _settings_tables(found: Mapping[str, Any]) -> list[str]:
             ", ".join(own["covered"]) or "nothing of it",
             _interval(own["calibration"]),
             _interval(own["probes"]),
+            _interval(own["probes_kl"]),
         ]
         for name, own in found["calibrations"].items()
     ]
     return [
         *parts,
         "When the texts are not what is asked: correlation of all forgetting with interference on the calibration's "
-        "own texts, and with the mean over the probes, one for each piece:",
-        markdown_table(["calibration", "cells", "exercises", "its texts", "probes"], rows),
+        "own texts, with its mean over the probes, one for each piece, and with the probes' mean divergence:",
+        markdown_table(["calibration", "cells", "exercises", "its texts", "probes", "probes' divergence"], rows),
     ]
 
 
