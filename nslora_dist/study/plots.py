@@ -34,7 +34,8 @@ def draw_study(folder: Path, lines: Sequence[Line], study: Study) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()
-    looks = {arm: number for number, arm in enumerate(sorted({line["arm"] for line in lines}))}
+    present = {line["arm"] for line in lines}
+    looks = {arm: number for number, arm in enumerate(arm for arm in study.arms if arm in present)}
     drawn = []
     methods = [line for line in lines if any(study.grids[grid].along is None for grid in line["grids"])]
     if methods:
