@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     folder = tmp_path_factory.mktemp("study")
     tree = yaml.safe_load((STUDIES / "quick.yaml").read_text())
-    tree["training"]["steps"] = STEPS
+    tree["training"]["steps"] = {"new_facts": STEPS}
     tree["sizes"]["toy"]["pretraining"]["steps"] = 20
     tree["arms"] = {
         peer: {"peer": peer, "rank": 4, "matched": "parameters", "learning_rates": [1e-2], "weight_decays": [0.3]}
