@@ -127,10 +127,8 @@ def _train(arm: Arm, bench: Bench, report: dict[str, Any], hashes: dict[str, Any
         )
     with clock.phase("evaluation", arm.name):
         scores = evaluate(engine, bench.sets, device=device) | {"learning_rate": section.learning_rate}
-        found = final_interference(
-            engine, arm.data, bench.texts, batch_size=arm.recipe.calibration.batch_size, device=device
-        )
         size = arm.recipe.calibration.batch_size
+        found = final_interference(engine, arm.data, bench.texts, batch_size=size, device=device)
         together = divergence(engine, bench.texts, batch_size=size, device=device) if found else None
         interference = summarise(found, bench.texts, together)
         if interference is not None and budget is not None:

@@ -18,6 +18,10 @@ FORMS = {
     "delta": "delta: A stays at its initial value and B - B0 is trained from zero on the untouched base",
     "residual": "residual: trained on W - B0 A0 and exported exactly, as B A - B0 A0, at twice the rank",
 }
+INTERFERENCE = (
+    "‖ΔW X‖ / ‖W X‖: how far the adapter moves what each layer did on a text, at the base's own activations. "
+    "Divergence: KL(base ‖ adapted) of the next token, in nats: what all layers come to together."
+)
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -31,12 +35,6 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def percent(value: float | None) -> str:
     """A share in 0..1 as ``97.5%``; "–" for what was not measured."""
     return "–" if value is None else f"{100 * value:.1f}%"
-
-
-INTERFERENCE = (
-    "‖ΔW X‖ / ‖W X‖: how far the adapter moves what each layer did on a text, at the base's own activations. "
-    "Divergence: KL(base ‖ adapted) of the next token, in nats: what all layers come to together."
-)
 
 
 def number(value: float | None) -> str:

@@ -59,7 +59,7 @@ def analyse(lines: Sequence[Line], study: Study, *, draws: int = 1000) -> dict[s
         each), with the best adaptation of all and the figures of every arm and variant; ``curves``, one entry a grid
         that varies something else than the method, size and task.
     """
-    methods = [line for line in lines if any(study.grids[grid].along is None for grid in line["grids"])]
+    methods = of_methods(lines, study)
     settings = []
     for (size, task), own in grouped(methods, lambda line: (line["size"], line["task"])).items():
         calibrations = list(dict.fromkeys(line["calibration"] for line in own))
@@ -89,6 +89,11 @@ def analyse(lines: Sequence[Line], study: Study, *, draws: int = 1000) -> dict[s
         "settings": settings,
         "curves": curves(lines, study),
     }
+
+
+def of_methods(lines: Iterable[Line], study: Study) -> list[Line]:
+    """The lines of the grids that compare methods, and run along nothing else."""
+    return [line for line in lines if any(study.grids[grid].along is None for grid in line["grids"])]
 
 
 def curves(lines: Sequence[Line], study: Study) -> list[dict[str, Any]]:
@@ -180,7 +185,7 @@ def _arm(lines: Sequence[Line], *, best: float, draws: int) -> dict[str, Any]:
     start = float(lines[0]["base"]["adaptation"])
     values = _by_seed(lines)
     chosen = _chosen(points(lines), target=SHARES[0] * best)
-    figures: dict[str, Any] = {
+    return {
         "seeds": len(values),
         "settings": values.shape[-1],
         "method": lines[0]["method"],
@@ -194,7 +199,6 @@ def _arm(lines: Sequence[Line], *, best: float, draws: int) -> dict[str, Any]:
         "chosen": chosen,
         "covered": lines[0]["covered"] if shaped(lines[0]) else [],
     }
-    return figures
 
 
 def _kept_at(target: float) -> Callable[[Array], float | None]:
@@ -208,9 +212,7 @@ def _area(mean: Array, start: float) -> float:
 def _variant(lines: Sequence[Line], *, best: float, draws: int) -> dict[str, Any]:
     own_points = points(lines)
     values = _by_seed(lines)  # (seeds, 2, rates): whole seeds alone
-    own = _arm(lines, best=best, draws=draws)
-    del own["settings"]
-    return own | {
+    return _arm(lines, best=best, draws=draws) | {
         "points": own_points,
         "seconds": float(np.mean([line["seconds"] for line in lines])),
         "processor_seconds": float(np.mean([line["processor_seconds"] for line in lines])),

@@ -10,12 +10,12 @@ from nslora_dist.budget import Budget
 from nslora_dist.engines import start_engine
 from nslora_dist.engines.base import trained as trained_parameters
 from nslora_dist.errors import UserError
-from nslora_dist.evaluate import evaluate
+from nslora_dist.evaluate import divergence, evaluate
 from nslora_dist.report import Scalars
 from nslora_dist.study.bench import EVALUATED_AT_ONCE, Bench
 from nslora_dist.study.cells import MEASURED, Cell
 from nslora_dist.study.lines import round_floats
-from nslora_dist.study.measure import energies, few_of, summed_up
+from nslora_dist.study.measure import aggregates, energies, few_of, mixture, summed_up
 from nslora_dist.study.spec import FEW, PIECES
 from nslora_dist.trainer import Trained, train
 
@@ -62,11 +62,10 @@ def run_cell(bench: Bench, cell: Cell, *, version: str) -> dict[str, Any]:
         diverged = str(error)
     training = time.perf_counter() - before
     scores = evaluate(engine, sets, device=device)
-    found = energies(engine, texts, batch_size=EVALUATED_AT_ONCE, device=device)
+    at_once: dict[str, Any] = {"batch_size": EVALUATED_AT_ONCE, "device": device}
+    found, moved = energies(engine, texts, **at_once), divergence(engine, texts, **at_once)
     fewer = {
-        str(count): summed_up(energies(engine, few_of(texts, count), batch_size=EVALUATED_AT_ONCE, device=device))[
-            "calibration"
-        ]["rms"]
+        str(count): aggregates(mixture(energies(engine, few_of(texts, count), **at_once)))["rms"]
         for count in FEW
         if count < bench.study.calibrations[cell.calibration].sequences
     }
@@ -96,7 +95,7 @@ def run_cell(bench: Bench, cell: Cell, *, version: str) -> dict[str, Any]:
         "retention": scores["retention"],
         "retention_by": scores["retention_by"],
         "base": base,
-        "interference": summed_up(found) | {"few": fewer},
+        "interference": summed_up(found, moved) | {"few": fewer},
         "loss": sum(losses) / len(losses) if losses else None,
         "diverged": diverged,
         "training_seconds": training,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nslora_dist.adapter import observed
+from nslora_dist.calibration.store import MIXTURE
 from nslora_dist.calibration_data import CalibrationTexts, text_batches
 from nslora_dist.engines import Engine
 
@@ -18,60 +19,29 @@ WRITERS = ("o_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Energies:
-    """One text's sums.
-
-    Attributes:
-        name: of the source or probe.
-        weight: of a source; None for a probe.
-        sums: module → Σ‖ΔW x‖², Σ‖W x‖², Σ‖x‖² on the base's activations, stacked as (3,) float64.
-        kl: mean over tokens of KL(base ‖ adapted), in nats, of the next token's distribution.
-    """
+    """One text's sums: module → Σ‖ΔW x‖², Σ‖W x‖², Σ‖x‖², stacked as (3,) float64."""
 
     name: str
     weight: float | None
     sums: dict[str, Tensor]
-    kl: float
 
 
-@torch.no_grad()
 def energies(
     engine: Engine, texts: Sequence[CalibrationTexts], *, batch_size: int, device: torch.device
 ) -> list[Energies]:
-    """Runs every text through the base, the adapter measured beside it, and through the adapted model.
-
-    One process, every kind of adapter alike. Interference looks at each module by itself, at the base's inputs; the
-    divergence sees what all of them come to together.
-    """
-    model: Any = engine.model
-    model.eval()
+    """Runs the base over every text, the adapter measured beside it: one process, every kind of adapter alike."""
     found = []
     for text in texts:
-        batches = [
-            (batch, torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask)
-            for batch in text_batches(text.calibration, batch_size=batch_size, rank=0, world_size=1)
-        ]
-        batches = [(batch.to(device), real.to(device)) for batch, real in batches]
-        before = []
         with observed(engine.model) as seen:
-            for batch, real in batches:
-                seen.mask = real.bool()
-                before.append(_log_probabilities(model, batch.input_ids, real))
-        total = torch.zeros(2, dtype=torch.float64, device=device)
-        for (batch, real), base in zip(batches, before, strict=True):
-            after = _log_probabilities(model, batch.input_ids, real)
-            divergence = (base.exp() * (base - after)).sum(-1)[real.bool()]
-            total += torch.stack([divergence.sum(dtype=torch.float64), real.sum()])
+            for batch in text_batches(text.calibration, batch_size=batch_size, rank=0, world_size=1):
+                real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
+                seen.mask = real.bool().to(device)
+                engine.matches(batch.to(device))
         sums = {
             name: torch.stack([seen.update[name], seen.output[name], seen.input[name]]).cpu() for name in seen.update
         }
-        found.append(Energies(text.name, text.weight, sums, float(total[0] / total[1])))
+        found.append(Energies(text.name, text.weight, sums))
     return found
-
-
-def _log_probabilities(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """(b, s, vocabulary) float32."""
-    logits: Tensor = model(input_ids=ids, attention_mask=mask).logits
-    return logits.float().log_softmax(-1)
 
 
 def few_of(texts: Sequence[CalibrationTexts], count: int) -> list[CalibrationTexts]:
@@ -79,24 +49,32 @@ def few_of(texts: Sequence[CalibrationTexts], count: int) -> list[CalibrationTex
     return [replace(text, calibration=text.calibration[:count]) for text in texts if text.weight is not None]
 
 
-def summed_up(found: Sequence[Energies]) -> dict[str, Any]:
+def mixture(found: Sequence[Energies]) -> dict[str, Tensor]:
+    """Module → the sources' sums, each by its weight over the energy of its inputs, as its Gram in METHODS.md §1d."""
+    mixed: dict[str, Tensor] = {}
+    for text in found:
+        if text.weight is not None:
+            for module, sums in text.sums.items():
+                share = text.weight / sums[2] * sums
+                mixed[module] = mixed[module] + share if module in mixed else share
+    return mixed
+
+
+def summed_up(found: Sequence[Energies], moved: Mapping[str, float]) -> dict[str, Any]:
     """``calibration`` (the mixture of the sources), ``sources`` and ``probes`` → ``spec.AGGREGATES`` of each.
 
-    In the mixture a source counts by its weight over the energy of its inputs, as its Gram does in METHODS.md §1d; its
-    divergence counts by its weight.
+    Args:
+        found: the texts' energies.
+        moved: their ``evaluate.divergence``.
     """
-    mixture: dict[str, Tensor] = {}
-    sources = [text for text in found if text.weight is not None]
-    for text in sources:
-        for module, sums in text.sums.items():
-            share = (text.weight or 0.0) / sums[2] * sums
-            mixture[module] = mixture[module] + share if module in mixture else share
-    whole = sum(text.weight or 0.0 for text in sources)
-    kl = sum((text.weight or 0.0) * text.kl for text in sources) / whole
+
+    def of(text: Energies) -> dict[str, Any]:
+        return aggregates(text.sums) | {"kl": moved[text.name]}
+
     return {
-        "calibration": aggregates(mixture) | {"kl": kl},
-        "sources": {text.name: aggregates(text.sums) | {"kl": text.kl} for text in sources},
-        "probes": {text.name: aggregates(text.sums) | {"kl": text.kl} for text in found if text.weight is None},
+        "calibration": aggregates(mixture(found)) | {"kl": moved[MIXTURE]},
+        "sources": {text.name: of(text) for text in found if text.weight is not None},
+        "probes": {text.name: of(text) for text in found if text.weight is None},
     }
 
 

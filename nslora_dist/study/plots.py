@@ -14,6 +14,7 @@ from nslora_dist.study.analysis import (
     forgetting,
     grouped,
     of_calibration,
+    of_methods,
     relative_retention,
     setting_of,
 )
@@ -37,7 +38,7 @@ def draw_study(folder: Path, lines: Sequence[Line], study: Study) -> list[Path]:
     present = {line["arm"] for line in lines}
     looks = {arm: number for number, arm in enumerate(arm for arm in study.arms if arm in present)}
     drawn = []
-    methods = [line for line in lines if any(study.grids[grid].along is None for grid in line["grids"])]
+    methods = of_methods(lines, study)
     if methods:
         drawn.append(folder / "headline.png")
         _save(drawn[-1], partial(_headline, lines=methods, looks=looks), width=12.0)

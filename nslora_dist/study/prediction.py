@@ -55,10 +55,6 @@ def _measured(kind: str, name: str) -> Callable[[Line], float | None]:
     return of
 
 
-def _rms(line: Line) -> float:
-    return float(line["interference"]["calibration"]["rms"])
-
-
 def _clusters(lines: Sequence[Line]) -> list[str]:
     """Cells of one variant are alike: whole variants are drawn, or an interval would be too narrow."""
     return [f"{line['size']}/{line['task']}/{line['arm']}/{line['weight_decay']}" for line in lines]
@@ -93,7 +89,7 @@ def _few(lines: Sequence[Line], *, draws: int) -> dict[str, Any]:
     if not same:
         return {}
     found = {str(count): _aggregate(same, _measured("few", str(count)), draws=draws) for count in FEW}
-    return found | {str(same[0]["sequences"]): _aggregate(same, _rms, draws=draws)}
+    return found | {str(same[0]["sequences"]): _aggregate(same, _measured("calibration", "rms"), draws=draws)}
 
 
 def _calibrations(lines: Sequence[Line], *, draws: int) -> dict[str, Any]:
@@ -107,6 +103,7 @@ def _calibration(lines: Sequence[Line], *, draws: int) -> dict[str, Any]:
     """Of the cells of one calibration: what interference on its texts says of all that is asked, and what probes do."""
     where = _clusters(lines)
     y = [forgetting(line) for line in lines]
+    own = [float(line["interference"]["calibration"]["rms"]) for line in lines]
 
     def probes(kind: str) -> list[float]:
         return [float(np.mean([probe[kind] for probe in line["interference"]["probes"].values()])) for line in lines]
@@ -114,7 +111,7 @@ def _calibration(lines: Sequence[Line], *, draws: int) -> dict[str, Any]:
     return {
         "cells": len(lines),
         "covered": sorted({piece for line in lines for piece in line["covered"]}, key=PIECES.index),
-        "calibration": asdict(over_pairs([_rms(x) for x in lines], y, spearman, draws=draws, clusters=where)),
+        "calibration": asdict(over_pairs(own, y, spearman, draws=draws, clusters=where)),
         "probes": asdict(over_pairs(probes("rms"), y, spearman, draws=draws, clusters=where)),
         "probes_kl": asdict(over_pairs(probes("kl"), y, spearman, draws=draws, clusters=where)),
     }

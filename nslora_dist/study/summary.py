@@ -208,18 +208,9 @@ def _prediction(found: Mapping[str, Any]) -> list[str]:
         f"to which no cell, or at most {ALLOWED[-1]:.0%} of them, lost more than {LOST:.0%} of the answers. In "
         "brackets: 95% intervals over resampled variants.",
     ]
-    rows = [
-        [
-            name.replace("_", " "),
-            _interval(own["across"]),
-            _score(own["within_mean"]),
-            *(_interval(own["safe_below"][f"{allowed:g}"]) for allowed in ALLOWED),
-        ]
-        for name, own in found["aggregates"].items()
-    ]
+    rows = [[name.replace("_", " "), *_correlation(own)] for name, own in found["aggregates"].items()]
     if rows:
-        header = ["aggregate", "across", "within", "safe below: none", f"safe below: {ALLOWED[-1]:.0%}"]
-        parts.append(markdown_table(header, rows))
+        parts.append(markdown_table(["aggregate", *CORRELATION], rows))
         arms = list(found["aggregates"]["rms"]["within"])
         own = [[arm, *(_score(a["within"].get(arm)) for a in found["aggregates"].values())] for arm in arms]
         header = ["within arm", *(name.replace("_", " ") for name in found["aggregates"])]
@@ -235,23 +226,27 @@ def _prediction(found: Mapping[str, Any]) -> list[str]:
     return parts
 
 
+CORRELATION = ("across", "within", "safe below: none", f"safe below: {ALLOWED[-1]:.0%}")
+
+
+def _correlation(own: Mapping[str, Any]) -> list[str]:
+    """The cells under ``CORRELATION``."""
+    safe = (_interval(own["safe_below"][f"{allowed:g}"]) for allowed in ALLOWED)
+    return [_interval(own["across"]), _score(own["within_mean"]), *safe]
+
+
 def _settings_tables(found: Mapping[str, Any]) -> list[str]:
-    header = ["", "cells", "across", "within", "safe below: none", f"safe below: {ALLOWED[-1]:.0%}"]
-
-    def row(name: str, cells: str, own: Mapping[str, Any]) -> list[str]:
-        safe = (_interval(own["safe_below"][f"{allowed:g}"]) for allowed in ALLOWED)
-        return [name, cells, _interval(own["across"]), _score(own["within_mean"]), *safe]
-
+    header = ["", "cells", *CORRELATION]
     parts = []
     rows = [
-        row(f"{name}: {kind}", str(own["cells"]), own[kind])
+        [f"{name}: {kind}", str(own["cells"]), *_correlation(own[kind])]
         for name, own in found["settings"].items()
         for kind in ("rms", "kl")
     ]
     if rows:
         parts += ["A base and task at a time:", markdown_table(header, rows)]
     if found["few"]:
-        rows = [row(f"{count} sequences a source", NONE, own) for count, own in found["few"].items()]
+        rows = [[f"{count} sequences a source", NONE, *_correlation(own)] for count, own in found["few"].items()]
         parts += [
             "How few sequences tell as much: interference measured on the first so many of each source, of cells that "
             "are calibrated on all of them:",
