@@ -208,14 +208,13 @@ def adapted_linears(model: nn.Module) -> dict[str, Adapter]:
 
 
 @contextmanager
-def observed(model: nn.Module) -> Iterator[Observation]:
-    """While open, forward passes run the *base* and sum up what the adapters would have added."""
-    seen = Observation()
+def observed(model: nn.Module, seen: Observation) -> Iterator[None]:
+    """While open, forward passes run the *base* and add to ``seen`` what the adapters would have added."""
     modules = adapted_linears(model).values()
     for module in modules:
         module.observation = seen
     try:
-        yield seen
+        yield
     finally:
         for module in modules:
             module.observation = None

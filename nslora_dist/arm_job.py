@@ -1,26 +1,21 @@
 """What the pipeline does for every arm: its model and how it is filled, and what its adapter disturbs at the end."""
 
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from nslora_dist import dist
-from nslora_dist.adapter import AdaptedLinear, adapted_linears
+from nslora_dist.adapter import AdaptedLinear
 from nslora_dist.attach import attach_adapters
 from nslora_dist.base_files import Checkpoint
 from nslora_dist.base_model import build_empty, torch_dtype
 from nslora_dist.base_weights import fill_unit
 from nslora_dist.calibration.store import NullSpace
 from nslora_dist.calibration.weights import WeightNullSpace
-from nslora_dist.calibration_data import CalibrationTexts
 from nslora_dist.data import TrainingData
-from nslora_dist.engines import Engine
 from nslora_dist.engines.base import Job, adapter_dtype
-from nslora_dist.evaluate import forward_interference, live_interference
 from nslora_dist.input_groups import InputGroup
 from nslora_dist.null_lora import NullLoraLinear
 from nslora_dist.recipe import Recipe
@@ -92,26 +87,3 @@ def random_a(module: AdaptedLinear, *, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{module.name}".encode()))
     bound = module.lora_A.shape[1] ** -0.5
     return (torch.rand(module.lora_A.shape, generator=generator) * 2 - 1) * bound
-
-
-def final_interference(
-    engine: Engine,
-    data: TrainingData,
-    texts: Sequence[CalibrationTexts],
-    *,
-    batch_size: int,
-    device: torch.device,
-) -> dict[str, dict[str, Tensor]]:
-    """Source or probe → module → ‖ΔW X‖ / ‖W X‖ of the adapter in the engine (METHODS.md §1c).
-
-    From r × r matrices where A is frozen, else by a forward pass over all texts.
-    """
-    modules = adapted_linears(engine.model).values()
-    if not all(module.update_grams for module in modules):
-        return forward_interference(engine, texts, batch_size=batch_size, device=device)
-    for module in modules:
-        module.measure = True
-    engine.matches(data.micro_batches(0, rank=dist.rank(), world_size=dist.world_size())[0].to(device))
-    for module in modules:
-        module.measure = False
-    return live_interference(engine)

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 
 from nslora_dist import dist, watch
-from nslora_dist.arm_job import Arm, final_interference
+from nslora_dist.arm_job import Arm
 from nslora_dist.arms import BaseScores, FinishedArm, evaluation_hash
 from nslora_dist.budget import Budget
 from nslora_dist.calibration_data import CalibrationTexts
 from nslora_dist.checkpoint import Checkpoints, identity
+from nslora_dist.effects import divergence, final_interference, measure, summarise
 from nslora_dist.engines import Engine, start_engine
 from nslora_dist.engines.base import Job
-from nslora_dist.evaluate import EvaluationSets, divergence, evaluate, summarise
+from nslora_dist.evaluate import EvaluationSets, evaluate
 from nslora_dist.export_arm import export
 from nslora_dist.manifests import listed_files
 from nslora_dist.report import Scalars
@@ -128,10 +129,10 @@ def _train(arm: Arm, bench: Bench, report: dict[str, Any], hashes: dict[str, Any
     with clock.phase("evaluation", arm.name):
         scores = evaluate(engine, bench.sets, device=device) | {"learning_rate": section.learning_rate}
         size = arm.recipe.calibration.batch_size
-        found = final_interference(engine, arm.data, bench.texts, batch_size=size, device=device)
-        together = divergence(engine, bench.texts, batch_size=size, device=device) if found else None
-        interference = summarise(found, bench.texts, together)
-        if interference is not None and budget is not None:
+        effects = measure(engine, bench.texts, batch_size=size, device=device)
+        found = final_interference(engine, arm.data, effects, device=device)
+        interference = summarise(found, bench.texts, divergence(effects))
+        if budget is not None:
             interference["budget"] = budget.facts()
     clock.seconds["training"] += checkpoints.earlier_seconds
     return engine, {

@@ -19,10 +19,11 @@ from nslora_dist.base_model import build_empty, torch_dtype
 from nslora_dist.base_weights import fill_unit
 from nslora_dist.calibration_data import calibration_texts
 from nslora_dist.data import load_tokenizer
+from nslora_dist.effects import divergence, interference, measure, summarise
 from nslora_dist.engines import start_engine
 from nslora_dist.engines.base import Job, adapter_dtype
 from nslora_dist.errors import UserError
-from nslora_dist.evaluate import EvaluationSets, divergence, evaluate, forward_interference, summarise
+from nslora_dist.evaluate import EvaluationSets, evaluate
 from nslora_dist.input_groups import LinearShape, input_groups
 from nslora_dist.merging.tasks import StoredLora, read_stored
 from nslora_dist.plan.check import check
@@ -74,15 +75,16 @@ def run_evaluation(recipe: Recipe, device: torch.device, *, adapter: Sequence[st
     texts = calibration_texts(recipe.calibration, tokenizer)
     sets = EvaluationSets.load(recipe.evaluation, tokenizer, base=base)
     engine = start_engine(make_set_job(recipe, config, checkpoint, shapes, stored, device=device), recipe)
-    scores, interference = {"base": evaluate(engine, sets.before_training(), device=device)}, {}
+    scores, disturbed = {"base": evaluate(engine, sets.before_training(), device=device)}, {}
     for name, own in stored.items():
         put_to_work(engine.model, name)
         scores[name] = evaluate(engine, sets, device=device)
         size = recipe.calibration.batch_size
-        found = forward_interference(engine, texts, batch_size=size, device=device)
+        effects = measure(engine, texts, batch_size=size, device=device)
+        found = interference(effects)
         # The set's other modules belong to other adapters, and their zeros to no mean.
         mine = {text: {m: value for m, value in values.items() if m in own.factors} for text, values in found.items()}
-        interference[name] = summarise(mine, texts, divergence(engine, texts, batch_size=size, device=device))
+        disturbed[name] = summarise(mine, texts, divergence(effects))
     engine.close()
     report = redact_all(
         strict(
@@ -93,7 +95,7 @@ def run_evaluation(recipe: Recipe, device: torch.device, *, adapter: Sequence[st
                 "quantization": recipe.base_model.quantization,
                 "adapters": described,
                 "evaluation": scores,
-                "interference_by_arm": interference,
+                "interference_by_arm": disturbed,
                 "seconds": time.perf_counter() - started,
             }
         )

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nslora_dist import artifacts, dist, watch
-from nslora_dist.arm_job import Arm, final_interference, make_job
+from nslora_dist.arm_job import Arm, make_job
 from nslora_dist.arm_stage import Bench, run_arm
 from nslora_dist.base_config import load_config
 from nslora_dist.base_files import Checkpoint, locate
@@ -21,7 +20,6 @@ from nslora_dist.calibration.store import NullSpace
 from nslora_dist.calibration.weights import WeightNullSpace, reuse_or_make
 from nslora_dist.calibration_data import calibration_texts
 from nslora_dist.data import TrainingData, load_tokenizer
-from nslora_dist.engines import Engine
 from nslora_dist.engines.base import Job
 from nslora_dist.errors import UserError
 from nslora_dist.evaluate import EvaluationSets
@@ -229,12 +227,6 @@ class Run:
             counts[f"calibration.{kind}.{text.name}"] = text.counts
         counts |= {f"evaluation.{name}": found for name, found in sets.counts.items()}
         return {name: found.facts() for name, found in counts.items()}
-
-    def interference(self, engine: Engine, data: TrainingData) -> dict[str, dict[str, Tensor]]:
-        """Source or probe → module → ‖ΔW X‖ / ‖W X‖ of the adapter as it is now."""
-        return final_interference(
-            engine, data, self.texts, batch_size=self.recipe.calibration.batch_size, device=self.device
-        )
 
     def job(self, arm: Recipe, null_space: NullSpace | WeightNullSpace | None) -> Job:
         """The arm's model on the meta device, and how its units are filled."""

@@ -19,9 +19,9 @@ from nslora_dist.budget import Budget
 from nslora_dist.calibration.store import MIXTURE
 from nslora_dist.checkpoint import Checkpoints
 from nslora_dist.data import Batch, TrainingData
+from nslora_dist.effects import live_interference
 from nslora_dist.engines import Engine
 from nslora_dist.errors import Preempted, UserError
-from nslora_dist.evaluate import live_interference
 from nslora_dist.recipe import TrainSection
 from nslora_dist.report import Scalars
 

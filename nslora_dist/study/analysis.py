@@ -1,6 +1,6 @@
 """From cells' lines to the figures of the summary: frontiers by method, and curves along anything else."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,6 +18,7 @@ from nslora_dist.study.statistics import (
 Line = dict[str, Any]
 SHARES = (0.95, 0.99)
 KEEPS = 0.95
+DECAY = "weight_decay"
 
 
 def relative_retention(line: Line) -> float:
@@ -56,8 +57,9 @@ def analyse(lines: Sequence[Line], study: Study, *, draws: int = 1000) -> dict[s
 
     Returns:
         ``cells``; ``settings``, one entry a size, task and calibration (an arm that no calibration shapes stands in
-        each), with the best adaptation of all and the figures of every arm and variant; ``curves``, one entry a grid
-        that varies something else than the method, size and task.
+        each), with the best adaptation of all and the figures of every arm and variant; ``sweeps``, one entry a grid
+        along weight decay, size and task, with those of its variants; ``curves``, one entry a grid that varies
+        something else than the method, size and task.
     """
     methods = of_methods(lines, study)
     settings = []
@@ -87,6 +89,7 @@ def analyse(lines: Sequence[Line], study: Study, *, draws: int = 1000) -> dict[s
     return {
         "cells": len(lines),
         "settings": settings,
+        "sweeps": sweeps(lines, study, draws=draws),
         "curves": curves(lines, study),
     }
 
@@ -96,15 +99,42 @@ def of_methods(lines: Iterable[Line], study: Study) -> list[Line]:
     return [line for line in lines if any(study.grids[grid].along is None for grid in line["grids"])]
 
 
-def curves(lines: Sequence[Line], study: Study) -> list[dict[str, Any]]:
-    """Of each grid that runs along something: its ``points``, and for a dial how ``monotone`` it is."""
+def sweeps(lines: Sequence[Line], study: Study, *, draws: int) -> list[dict[str, Any]]:
+    """Of each grid along weight decay: what tuning the learning rate gets out of every decay of every arm."""
     found = []
-    for name, grid in study.grids.items():
-        here = [line for line in lines if name in line["grids"]]
-        if grid.along is not None:
-            for own in grouped(here, lambda line: (line["size"], line["task"])).values():
-                found.append({"grid": name} | _curve(own, grid.along))
+    for name, (size, task), own in _along(lines, study, lambda along: along == DECAY):
+        # The yardstick of the frontiers, so that both tables tell of the same share of the task.
+        all_of_task = [x for x in of_methods(lines, study) if (x["size"], x["task"]) == (size, task)]
+        best = max(float(point["adaptation"]) for point in points([*all_of_task, *own]))
+        in_order = sorted(own, key=lambda line: (list(study.arms).index(line["arm"]), line["weight_decay"]))
+        found.append(
+            {"grid": name, "size": size, "task": task, "best_adaptation": best}
+            | {
+                "variants": {
+                    name: _variant(of, best=best, draws=draws) for name, of in grouped(in_order, variant).items()
+                }
+            }
+        )
     return found
+
+
+def curves(lines: Sequence[Line], study: Study) -> list[dict[str, Any]]:
+    """Of each grid that runs along anything else: its ``points``, and for a dial how ``monotone`` it is."""
+    return [
+        {"grid": name} | _curve(own, str(study.grids[name].along))
+        for name, _, own in _along(lines, study, lambda along: along not in (None, DECAY))
+    ]
+
+
+def _along(
+    lines: Sequence[Line], study: Study, wanted: Callable[[str | None], bool]
+) -> Iterator[tuple[str, tuple[str, str], list[Line]]]:
+    """Grid, size and task, and lines, of the grids whose ``along`` is wanted."""
+    for name, grid in study.grids.items():
+        if wanted(grid.along):
+            here = [line for line in lines if name in line["grids"]]
+            for where, own in grouped(here, lambda line: (line["size"], line["task"])).items():
+                yield name, where, own
 
 
 def _curve(lines: Sequence[Line], along: str) -> dict[str, Any]:
@@ -213,6 +243,8 @@ def _variant(lines: Sequence[Line], *, best: float, draws: int) -> dict[str, Any
     own_points = points(lines)
     values = _by_seed(lines)  # (seeds, 2, rates): whole seeds alone
     return _arm(lines, best=best, draws=draws) | {
+        "arm": lines[0]["arm"],
+        "weight_decay": float(lines[0]["weight_decay"]),
         "points": own_points,
         "seconds": float(np.mean([line["seconds"] for line in lines])),
         "processor_seconds": float(np.mean([line["processor_seconds"] for line in lines])),

@@ -7,15 +7,16 @@ import torch
 
 from nslora_dist.adapter import Adapter
 from nslora_dist.budget import Budget
+from nslora_dist.effects import measure, mixture
 from nslora_dist.engines import start_engine
 from nslora_dist.engines.base import trained as trained_parameters
 from nslora_dist.errors import UserError
-from nslora_dist.evaluate import divergence, evaluate
+from nslora_dist.evaluate import evaluate
 from nslora_dist.report import Scalars
 from nslora_dist.study.bench import EVALUATED_AT_ONCE, Bench
 from nslora_dist.study.cells import MEASURED, Cell
 from nslora_dist.study.lines import round_floats
-from nslora_dist.study.measure import aggregates, energies, few_of, mixture, summed_up
+from nslora_dist.study.measure import aggregates, few_of, summed_up
 from nslora_dist.study.spec import FEW, PIECES
 from nslora_dist.trainer import Trained, train
 
@@ -63,9 +64,9 @@ def run_cell(bench: Bench, cell: Cell, *, version: str) -> dict[str, Any]:
     training = time.perf_counter() - before
     scores = evaluate(engine, sets, device=device)
     at_once: dict[str, Any] = {"batch_size": EVALUATED_AT_ONCE, "device": device}
-    found, moved = energies(engine, texts, **at_once), divergence(engine, texts, **at_once)
+    effects = measure(engine, texts, **at_once)
     fewer = {
-        str(count): aggregates(mixture(energies(engine, few_of(texts, count), **at_once)))["rms"]
+        str(count): aggregates(mixture(measure(engine, few_of(texts, count), with_divergence=False, **at_once)))["rms"]
         for count in FEW
         if count < bench.study.calibrations[cell.calibration].sequences
     }
@@ -95,7 +96,7 @@ def run_cell(bench: Bench, cell: Cell, *, version: str) -> dict[str, Any]:
         "retention": scores["retention"],
         "retention_by": scores["retention_by"],
         "base": base,
-        "interference": summed_up(found, moved) | {"few": fewer},
+        "interference": summed_up(effects) | {"few": fewer},
         "loss": sum(losses) / len(losses) if losses else None,
         "diverged": diverged,
         "training_seconds": training,

@@ -2,46 +2,18 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nslora_dist.adapter import observed
 from nslora_dist.calibration.store import MIXTURE
-from nslora_dist.calibration_data import CalibrationTexts, text_batches
-from nslora_dist.engines import Engine
+from nslora_dist.calibration_data import CalibrationTexts
+from nslora_dist.effects import Effect, divergence, mixture
 
 WRITERS = ("o_proj", "down_proj")
 """The linears whose output is added to the residual stream."""
-
-
-@dataclass(frozen=True)
-class Energies:
-    """One text's sums: module → Σ‖ΔW x‖², Σ‖W x‖², Σ‖x‖², stacked as (3,) float64."""
-
-    name: str
-    weight: float | None
-    sums: dict[str, Tensor]
-
-
-def energies(
-    engine: Engine, texts: Sequence[CalibrationTexts], *, batch_size: int, device: torch.device
-) -> list[Energies]:
-    """Runs the base over every text, the adapter measured beside it: one process, every kind of adapter alike."""
-    found = []
-    for text in texts:
-        with observed(engine.model) as seen:
-            for batch in text_batches(text.calibration, batch_size=batch_size, rank=0, world_size=1):
-                real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
-                seen.mask = real.bool().to(device)
-                engine.matches(batch.to(device))
-        sums = {
-            name: torch.stack([seen.update[name], seen.output[name], seen.input[name]]).cpu() for name in seen.update
-        }
-        found.append(Energies(text.name, text.weight, sums))
-    return found
 
 
 def few_of(texts: Sequence[CalibrationTexts], count: int) -> list[CalibrationTexts]:
@@ -49,44 +21,29 @@ def few_of(texts: Sequence[CalibrationTexts], count: int) -> list[CalibrationTex
     return [replace(text, calibration=text.calibration[:count]) for text in texts if text.weight is not None]
 
 
-def mixture(found: Sequence[Energies]) -> dict[str, Tensor]:
-    """Module → the sources' sums, each by its weight over the energy of its inputs, as its Gram in METHODS.md §1d."""
-    mixed: dict[str, Tensor] = {}
-    for text in found:
-        if text.weight is not None:
-            for module, sums in text.sums.items():
-                share = text.weight / sums[2] * sums
-                mixed[module] = mixed[module] + share if module in mixed else share
-    return mixed
+def summed_up(effects: Sequence[Effect]) -> dict[str, Any]:
+    """``calibration`` (the mixture of the sources), ``sources`` and ``probes`` → ``spec.AGGREGATES`` of each."""
+    moved = divergence(effects)
 
-
-def summed_up(found: Sequence[Energies], moved: Mapping[str, float]) -> dict[str, Any]:
-    """``calibration`` (the mixture of the sources), ``sources`` and ``probes`` → ``spec.AGGREGATES`` of each.
-
-    Args:
-        found: the texts' energies.
-        moved: their ``evaluate.divergence``.
-    """
-
-    def of(text: Energies) -> dict[str, Any]:
-        return aggregates(text.sums) | {"kl": moved[text.name]}
+    def of(name: str, energies: Mapping[str, Tensor]) -> dict[str, Any]:
+        return aggregates(energies) | {"kl": moved[name]}
 
     return {
-        "calibration": aggregates(mixture(found)) | {"kl": moved[MIXTURE]},
-        "sources": {text.name: of(text) for text in found if text.weight is not None},
-        "probes": {text.name: of(text) for text in found if text.weight is None},
+        "calibration": of(MIXTURE, mixture(effects)),
+        "sources": {effect.name: of(effect.name, effect.energies) for effect in effects if effect.weight is not None},
+        "probes": {effect.name: of(effect.name, effect.energies) for effect in effects if effect.weight is None},
     }
 
 
-def aggregates(sums: Mapping[str, Tensor]) -> dict[str, Any]:
+def aggregates(energies: Mapping[str, Tensor]) -> dict[str, Any]:
     """``spec.AGGREGATES`` but for the divergence, and ``by_depth``, the root mean square of each block.
 
-    ``sums`` maps a module to its (update, output, ...) energies.
+    ``energies`` are an ``effects.Effect``'s.
 
     ``output_weighted`` is √(Σ‖ΔW x‖² / Σ‖W x‖²) over all modules together: one with a small output hardly counts.
     """
-    values = {module: float((energy[0] / energy[1]).sqrt()) for module, energy in sums.items()}
-    whole = torch.stack(list(sums.values())).sum(0)
+    values = {module: float((energy[0] / energy[1]).sqrt()) for module, energy in energies.items()}
+    whole = torch.stack(list(energies.values())).sum(0)
     blocks: dict[int, list[float]] = {}
     for module, value in values.items():
         number = re.search(r"\.layers\.(\d+)\.", module)

@@ -10,7 +10,6 @@ import numpy as np
 from nslora_dist.plots import COLORS, MARKERS, STYLE
 from nslora_dist.study.analysis import (
     Line,
-    curves,
     forgetting,
     grouped,
     of_calibration,
@@ -30,8 +29,8 @@ LOWEST = 1e-4
 """Interference below it is drawn at it: the axis is logarithmic, and this is what float32 can tell apart."""
 
 
-def draw_study(folder: Path, lines: Sequence[Line], study: Study) -> list[Path]:
-    """Draws every plot that the lines have data for; gives the files in the order of the summary."""
+def draw_study(folder: Path, lines: Sequence[Line], study: Study, found: Mapping[str, Any]) -> list[Path]:
+    """Draws every plot that the lines, and what was ``found`` in them, have data for; gives the files, in order."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()
@@ -50,7 +49,10 @@ def draw_study(folder: Path, lines: Sequence[Line], study: Study) -> list[Path]:
             for kind, draw in (("frontier", _frontiers), ("rates", _rates)):
                 drawn.append(folder / f"{kind}_{name}.png")
                 _save(drawn[-1], partial(draw, lines=chosen, looks=looks, title=title), width=11.0)
-    for curve in curves(lines, study):
+    for sweep in found["sweeps"]:
+        drawn.append(folder / f"{sweep['grid']}_{sweep['size']}_{sweep['task']}.png")
+        _save(drawn[-1], partial(_sweep, sweep=sweep, looks=looks), width=8.0)
+    for curve in found["curves"]:
         drawn.append(folder / f"{curve['grid']}_{curve['size']}_{curve['task']}.png")
         _save(drawn[-1], partial(_curve, curve=curve), width=8.0)
     path = folder / "prediction.png"
@@ -164,11 +166,28 @@ def _task(line: Line) -> float:
     return float(line["adaptation"])
 
 
+def _sweep(figure: "Figure", sweep: Mapping[str, Any], looks: Mapping[str, int]) -> None:
+    """The area under every arm's frontier along weight decay, with its interval over seeds."""
+    axes = figure.subplots()
+    variants = list(sweep["variants"].values())
+    decays = sorted({own["weight_decay"] for own in variants})
+    for arm, here in grouped(variants, lambda own: own["arm"]).items():
+        at, look = [decays.index(own["weight_decay"]) for own in here], _look(looks[arm])
+        area = [own["area"] for own in here]
+        axes.plot(at, [a["value"] for a in area], **look, markersize=4, label=arm)
+        low, high = ([a[end] if a[end] is not None else a["value"] for a in area] for end in ("low", "high"))
+        axes.fill_between(at, low, high, color=look["color"], alpha=0.12, linewidth=0)
+    axes.set_xticks(range(len(decays)), [f"{decay:g}" for decay in decays])
+    axes.set(xlabel="weight decay", ylabel="area under the frontier")
+    axes.set_title(f"{sweep['grid']}: {sweep['size']}, {sweep['task']}")
+    _legend(figure)
+
+
 def _curve(figure: "Figure", curve: Mapping[str, Any]) -> None:
     """Both scores along what a grid varies, a line a learning rate."""
     axes = figure.subplots()
     values = list(dict.fromkeys(point["value"] for point in curve["points"]))
-    names = ["none" if value == float("inf") else str(value) for value in values]
+    names = ["none" if value is None else str(value) for value in values]
     for number, (rate, own) in enumerate(sorted(grouped(curve["points"], lambda p: p["learning_rate"]).items())):
         at = [values.index(point["value"]) for point in own]
         look = _look(number)

@@ -147,7 +147,7 @@ class Grid(Section):
     """All cells of these sizes, tasks, calibrations, arms and seeds; a cell in two grids is run once.
 
     ``learning_rates`` and ``weight_decays``, where given, stand for those of every arm. ``along`` says what the grid
-    varies, where that is no method: its summary is then a curve and not a frontier.
+    varies, where that is no method: its summary is then a curve and not a frontier, along weight decay a table of arms.
     """
 
     sizes: Names
@@ -157,7 +157,7 @@ class Grid(Section):
     seeds: Seeds = (0,)
     learning_rates: Numbers | None = None
     weight_decays: Decays | None = None
-    along: Literal["rank", "sequences", "calibration", "budget"] | None = None
+    along: Literal["rank", "sequences", "calibration", "budget", "weight_decay"] | None = None
 
 
 class StudyTraining(Section):

@@ -1,6 +1,6 @@
 """``summary.md`` and ``summary.json``: every figure is computed from ``cells.jsonl``, and from nothing else."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def summarise(folder: Path, lines: Sequence[Line], study: Study, *, missing: int
     """
     found = round_floats(analyse(lines, study, draws=draws) | {"prediction": predict(lines, draws=draws)})
     artifacts.write_json(folder / "summary.json", found)
-    plots = [path.relative_to(folder) for path in draw_study(folder / "plots", lines, study)]
+    plots = [path.relative_to(folder) for path in draw_study(folder / "plots", lines, study, found)]
     path = folder / "summary.md"
     artifacts.write_text(path, text_of(found, name=study.name, missing=missing, plots=plots))
     return path
@@ -50,7 +50,9 @@ def text_of(found: Mapping[str, Any], *, name: str, missing: int, plots: Sequenc
         parts += [f"## {title}", _base(setting), _arms_table(setting), _pieces_table(setting)]
         key = f"{setting['size']}_{setting['task']}_{setting['calibration']}.png"
         parts += [f"![{title}]({path})" for path in plots if path.name in (f"frontier_{key}", f"rates_{key}")]
-        parts += ["Each weight decay by itself:", _variants_table(setting)]
+        parts += ["Each weight decay by itself:", _variants_table(_by_area(setting["variants"]))]
+    for sweep in found["sweeps"]:
+        parts += _sweep(sweep, plots)
     for curve in found["curves"]:
         parts += _curve(curve, plots)
     parts += _prediction(found["prediction"])
@@ -127,7 +129,7 @@ def _arms_table(setting: Mapping[str, Any]) -> str:
     return markdown_table(header, rows)
 
 
-def _variants_table(setting: Mapping[str, Any]) -> str:
+def _variants_table(variants: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
     header = ["arm", "area", *(f"at {share:.0%}" for share in SHARES)]
     header += ["band", "lr", "spread", "interference", "s", "cpu s"]
     rows = [
@@ -139,7 +141,7 @@ def _variants_table(setting: Mapping[str, Any]) -> str:
             f"{own['seconds']:.1f}",
             f"{own['processor_seconds']:.1f}",
         ]
-        for name, own in _by_area(setting["variants"])
+        for name, own in variants
     ]
     return markdown_table(header, rows)
 
@@ -169,6 +171,18 @@ def _pieces_table(setting: Mapping[str, Any]) -> str:
         return "No arm reaches 95% of the best adaptation."
     said = "Accuracy by piece of knowledge at the setting chosen for 95%; * is exercised by the calibration texts:"
     return f"{said}\n\n{markdown_table(['arm', *pieces], rows)}"
+
+
+def _sweep(sweep: Mapping[str, Any], plots: Sequence[Path]) -> list[str]:
+    """A grid along weight decay, in the order of arms and decays."""
+    title = f"{sweep['grid']}: along weight decay, {sweep['size']}, {sweep['task']}"
+    parts = [
+        f"## {title}",
+        f"The learning rate tuned for each; best adaptation {_score(sweep['best_adaptation'])}.",
+        _variants_table(sweep["variants"].items()),
+    ]
+    key = f"{sweep['grid']}_{sweep['size']}_{sweep['task']}.png"
+    return parts + [f"![{title}]({path})" for path in plots if path.name == key]
 
 
 def _curve(curve: Mapping[str, Any], plots: Sequence[Path]) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from nslora_dist import dist
 from nslora_dist.calibration_data import text_batches
 from nslora_dist.errors import UserError
-from nslora_dist.evaluate import even_batches
+from nslora_dist.effects import even_batches
 from nslora_dist.export import read_adapter
 from nslora_dist.merge import run_merge
 from nslora_dist.merge_recipe import MergeRecipe

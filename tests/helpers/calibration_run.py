@@ -17,8 +17,8 @@ from nslora_dist.base_model import build_empty
 from nslora_dist.calibration.grams import whole_model_grams
 from nslora_dist.calibration.store import ModuleStart
 from nslora_dist.calibration_data import CalibrationTexts, text_batches
+from nslora_dist.effects import even_batches
 from nslora_dist.errors import UserError
-from nslora_dist.evaluate import even_batches
 from nslora_dist.input_groups import input_groups
 from nslora_dist.pipeline import Run
 

@@ -12,8 +12,8 @@ from helpers.stages import as_bytes, quantised_layers, started
 from helpers.world import make_base, make_recipe, make_texts, write_rows, zero_config
 from nslora_dist import dist
 from nslora_dist.adapter import adapted_linears
+from nslora_dist.effects import divergence, interference, summarise
 from nslora_dist.errors import UserError
-from nslora_dist.evaluate import divergence, forward_interference, summarise
 
 ENGINES = {"single": 1, "zero3": 2, "fsdp2": 2}
 IDS = torch.randint(3, 63, (2, 12), generator=torch.Generator().manual_seed(5))
@@ -153,9 +153,8 @@ def _run_case(engine: str, case: Case, world: Path, output: Path, space: Path) -
         trained = stage.train()
         after = stage.frozen()
         assert before.keys() == after.keys()
-        live = stage.interference()
-        forward = forward_interference(stage.engine, stage.run.texts, batch_size=3, device=stage.run.device)
-        together = divergence(stage.engine, stage.run.texts, batch_size=3, device=stage.run.device)
+        effects = stage.effects(batch_size=3)
+        live, forward, together = stage.interference(effects), interference(effects), divergence(effects)
         factors = {}
         for name, module in adapted_linears(stage.engine.model).items():
             found = {key: getattr(module, value, None) for key, value in PARTS.items()}
@@ -170,7 +169,7 @@ def _run_case(engine: str, case: Case, world: Path, output: Path, space: Path) -
             live=_numbers(live),
             forward=_numbers(forward),
             divergence=together,
-            summary=summarise(live, stage.run.texts, together) or {},
+            summary=summarise(live, stage.run.texts, together),
             logits=stage.logits(IDS),
             start=start,
             adapter=stage.export(output / "exported"),

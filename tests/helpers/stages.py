@@ -18,6 +18,7 @@ from nslora_dist.calibration import store
 from nslora_dist.calibration.store import NullSpace
 from nslora_dist.calibration.weights import WeightNullSpace
 from nslora_dist.data import Batch, TrainingData
+from nslora_dist.effects import Effect, final_interference, measure
 from nslora_dist.engines import Engine, start_engine
 from nslora_dist.export_arm import export
 from nslora_dist.frozen import FrozenLinear
@@ -50,9 +51,13 @@ class Stage:
             here = {"device": self.run.device, "scalars": scalars, "budget": budget}
             return train(self.engine, self.data, self.recipe.train, **here)
 
-    def interference(self) -> dict[str, dict[str, Tensor]]:
-        """name → module → ‖ΔW X‖ / ‖W X‖ as the pipeline reports it at the end."""
-        return self.run.interference(self.engine, self.data)
+    def effects(self, *, batch_size: int) -> list[Effect]:
+        """What the adapter does to every source and probe."""
+        return measure(self.engine, self.run.texts, batch_size=batch_size, device=self.run.device)
+
+    def interference(self, effects: Sequence[Effect] = ()) -> dict[str, dict[str, Tensor]]:
+        """name → module → ‖ΔW X‖ / ‖W X‖ as an arm reports it at the end; ``effects`` are for an A that trained."""
+        return final_interference(self.engine, self.data, effects, device=self.run.device)
 
     def export(self, folder: Path) -> Path:
         """Writes the adapter as the pipeline does at the end."""

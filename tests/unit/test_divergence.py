@@ -7,7 +7,7 @@ from torch import nn
 from nslora_dist import linear
 from nslora_dist.calibration_data import CalibrationTexts
 from nslora_dist.card import interference_tables
-from nslora_dist.evaluate import summarise
+from nslora_dist.effects import summarise
 from nslora_dist.frozen import FrozenHead
 
 
@@ -34,10 +34,9 @@ def test_stands_beside_the_interference() -> None:
     ]
     ratios = {name: {"a": torch.tensor(0.3), "b": torch.tensor(0.4)} for name in ("calibration", "facts", "french")}
     found = summarise(ratios, texts, {"calibration": 0.25, "facts": 0.25, "french": 1.5})
-    assert found is not None
     assert found["divergence"] == 0.25 and found["by_probe"]["french"]["divergence"] == 1.5
     tables = "\n".join(interference_tables(found))
     assert "| calibration mixture | 0.4 | 0.35 | 0.25 |" in tables and "| french | 0.4 | 0.35 | 1.5 |" in tables
     # An older run's figures have none.
     older = summarise(ratios, texts)
-    assert older is not None and "| french | 0.4 | 0.35 | – |" in "\n".join(interference_tables(older))
+    assert "| french | 0.4 | 0.35 | – |" in "\n".join(interference_tables(older))

@@ -1,0 +1,177 @@
+"""What an adapter does to texts: interference, by a forward pass or from r × r matrices, and its divergence."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nslora_dist import dist, watch
+from nslora_dist.adapter import Observation, adapted_linears, observed
+from nslora_dist.calibration.store import MIXTURE
+from nslora_dist.calibration_data import CalibrationTexts, text_batches
+from nslora_dist.data import Batch, TrainingData
+from nslora_dist.engines import Engine
+from nslora_dist.supervised import Compared
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What an adapter does to one source or probe, over all ranks.
+
+    Attributes:
+        name: of the text.
+        weight: in the mixture of the sources; None for a probe.
+        energies: module → Σ‖ΔW x‖², Σ‖W x‖², Σ‖x‖² on the base's own activations, (3,) float64.
+        divergence: mean over tokens of KL(base ‖ adapted) of the next token, in nats; None where it was not measured.
+    """
+
+    name: str
+    weight: float | None
+    energies: dict[str, Tensor]
+    divergence: float | None
+
+
+def measure(
+    engine: Engine,
+    texts: Sequence[CalibrationTexts],
+    *,
+    batch_size: int,
+    device: torch.device,
+    with_divergence: bool = True,
+) -> list[Effect]:
+    """Runs the base over every text, the adapter measured beside it, and then the adapted model; collective.
+
+    Interference looks at each module by itself and at the base's own activations (METHODS.md §1d). What all updates
+    come to together, each reading what those before it have moved, it cannot see; the divergence can. The base's pass
+    serves both.
+
+    Args:
+        engine: holds the adapter; every kind of it is measured alike.
+        texts: sources and probes.
+        batch_size: sequences of a rank at once.
+        device: of the engine.
+        with_divergence: without it there is one pass over the texts and not two.
+    """
+    found = []
+    for text in texts:
+        batches = text_batches(text.calibration, batch_size=batch_size, rank=dist.rank(), world_size=dist.world_size())
+        seen = Observation()
+        total = torch.zeros(2, dtype=torch.float64, device=device)
+        for batch in even_batches(batches, device=device):
+            watch.progress(f"effect on {text.name}")
+            real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
+            seen.mask = (real.bool() & (batch.unmasked_padding == 0)).to(device)
+            compared = Compared(**vars(batch.to(device)))
+            with observed(engine.model, seen):
+                base = engine.matches(compared)
+            if with_divergence:
+                total += engine.matches(replace(compared, against=base))
+        sums = torch.stack(
+            [torch.stack([seen.update[name], seen.output[name], seen.input[name]]) for name in seen.update]
+        )
+        dist.all_reduce(sums)
+        nats, tokens = dist.all_reduce(total).tolist()
+        energies = dict(zip(seen.update, sums, strict=True))
+        found.append(Effect(text.name, text.weight, energies, nats / tokens if with_divergence else None))
+    return found
+
+
+def even_batches(batches: list[Batch], *, device: torch.device) -> list[Batch]:
+    """This rank's text batches, filled up so that every rank runs the same number through a sharded model."""
+    most = torch.tensor([len(batches)], device=device)
+    if dist.world_size() > 1:
+        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    idle = torch.zeros(1, 2, dtype=torch.int64)
+    # A mask that is all zero counts nothing; its row attends to nothing, so its first token is left in and masked off
+    # by the caller through ``labels``.
+    filler = Batch(idle, None, None, torch.full_like(idle, -100), unmasked_padding=2)
+    return batches + [filler] * (int(most) - len(batches))
+
+
+def mixture(effects: Sequence[Effect]) -> dict[str, Tensor]:
+    """Module → the sources' energies, (3,) float64: each source by its weight over the energy of its inputs.
+
+    As its Gram counts in METHODS.md §1d.
+    """
+    mixed: dict[str, Tensor] = {}
+    for effect in effects:
+        if effect.weight is not None:
+            for module, energies in effect.energies.items():
+                share = effect.weight / energies[2] * energies
+                mixed[module] = mixed[module] + share if module in mixed else share
+    return mixed
+
+
+def interference(effects: Sequence[Effect]) -> dict[str, dict[str, Tensor]]:
+    """Source, probe or ``calibration``, the mixture → module → ‖ΔW X‖_F / ‖W X‖_F, () float64 (METHODS.md §1d).
+
+    For adapters whose A trained or whose calibration did not keep A G Aᵀ; the delta form with frozen A knows the same
+    number from r × r matrices.
+    """
+    by_name = {effect.name: effect.energies for effect in effects} | {MIXTURE: mixture(effects)}
+    return {
+        name: {module: (update / output).sqrt() for module, (update, output, _) in energies.items()}
+        for name, energies in by_name.items()
+    }
+
+
+def divergence(effects: Sequence[Effect]) -> dict[str, float]:
+    """Source or probe → mean KL(base ‖ adapted) in nats; under ``calibration`` that of the sources by their weights."""
+    found = {effect.name: effect.divergence for effect in effects if effect.divergence is not None}
+    weights = {effect.name: effect.weight for effect in effects if effect.weight is not None and effect.name in found}
+    if weights:
+        found[MIXTURE] = sum(weight * found[name] for name, weight in weights.items()) / sum(weights.values())
+    return found
+
+
+def final_interference(
+    engine: Engine, data: TrainingData, effects: Sequence[Effect], *, device: torch.device
+) -> dict[str, dict[str, Tensor]]:
+    """``interference`` of the adapter in the engine: from r × r matrices where A is frozen (METHODS.md §1c).
+
+    The small Grams are of all tokens that were calibrated on; a forward pass rounds every activation.
+    """
+    modules = adapted_linears(engine.model).values()
+    if not all(module.update_grams for module in modules):
+        return interference(effects)
+    for module in modules:
+        module.measure = True
+    engine.matches(data.micro_batches(0, rank=dist.rank(), world_size=dist.world_size())[0].to(device))
+    for module in modules:
+        module.measure = False
+    return live_interference(engine)
+
+
+def live_interference(engine: Engine) -> dict[str, dict[str, Tensor]]:
+    """name → module → (), what the last forward pass with ``measure`` set left on the adapted linears."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for module, adapted in adapted_linears(engine.model).items():
+        for name, value in adapted.interference.items():
+            found.setdefault(name, {})[module] = value
+    return found
+
+
+def summarise(
+    found: Mapping[str, Mapping[str, Tensor]],
+    texts: Sequence[CalibrationTexts],
+    divergence: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """``max``, ``mean``, ``rms`` and ``per_module`` of the mixture; ``by_source``, ``by_probe`` with the first three.
+
+    Where ``divergence`` is given, each of them has its ``divergence`` too.
+    """
+
+    def ends(name: str) -> dict[str, float]:
+        stacked = torch.stack(list(found[name].values())).double()
+        rms = stacked.square().mean().sqrt()
+        ends = {"max": float(stacked.max()), "mean": float(stacked.mean()), "rms": float(rms)}
+        return ends if divergence is None else ends | {"divergence": divergence[name]}
+
+    return {
+        **ends(MIXTURE),
+        "per_module": {module: float(value) for module, value in found[MIXTURE].items()},
+        "by_source": {text.name: ends(text.name) for text in texts if text.weight is not None},
+        "by_probe": {text.name: ends(text.name) for text in texts if text.weight is None},
+    }
