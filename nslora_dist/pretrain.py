@@ -9,16 +9,23 @@ They bring recall of 600 facts and both skills to 1.00.
 
 import math
 import random
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from nslora_dist import artifacts
+
 Row = dict[str, str]
 IGNORED = -100  # the label of a position that is not scored
+STATE_SECONDS = 60.0
+"""How much of a pre-training a kill may cost."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,8 @@ def pretrain(
     tokenizer: PreTrainedTokenizerFast,
     rows: dict[str, list[Row]],
     settings: PretrainSettings,
+    *,
+    state: Path | None = None,
 ) -> list[float]:
     """Trains all parameters in place.
 
@@ -128,11 +137,14 @@ def pretrain(
         tokenizer: Its tokenizer.
         rows: Rows by kind; the kinds of ``settings.mixture``.
         settings: The settings.
+        state: A file that the state is kept in every ``STATE_SECONDS``, to go on from to the same bits; the caller
+            removes it when the model is saved. It has to be this model's, these rows' and these settings' own.
 
     Returns:
         The loss of every step.
 
     Raises:
+        UserError: If the file of the state is damaged.
         ValueError: If a kind of the mixture has no rows, or the shares do not sum to 1.
     """
     missing = [kind for kind in settings.mixture if not rows.get(kind)]
@@ -144,17 +156,29 @@ def pretrain(
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, settings))
 
-    losses: list[float] = []
-    device = model.device
+    losses = [] if state is None or not state.is_file() else _restore(state, model, optimizer)
+    counts = {kind: round(share * settings.batch_rows) for kind, share in settings.mixture.items()}
+    for kind, count in counts.items():
+        deque(islice(streams[kind], len(losses) * count), maxlen=0)
+    device, kept_at = model.device, time.monotonic()
     model.train()
-    progress = tqdm(range(settings.steps), desc="pre-training", unit="step", mininterval=1.0)
-    for _ in progress:
+    first = len(losses)
+    progress = tqdm(
+        range(first, settings.steps),
+        desc="pre-training",
+        unit="step",
+        mininterval=1.0,
+        initial=first,
+        total=settings.steps,
+    )
+    for step in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * _cosine(step, settings)
         loss_sum, weight_sum = torch.zeros((), device=device), 0.0
-        for kind, share in settings.mixture.items():
+        for kind, count in counts.items():
             # One forward pass per kind: rows of a kind are about equally long, so hardly any padding is computed.
-            chosen = [next(streams[kind]) for _ in range(round(share * settings.batch_rows))]
+            chosen = list(islice(streams[kind], count))
             ids, is_response = (tensor[chosen].to(device) for tensor in encoded[kind])
             part, weight = _weighted_loss(model, ids, is_response, tokenizer.pad_token_id, settings)
             loss_sum, weight_sum = loss_sum + part, weight_sum + weight
@@ -167,11 +191,37 @@ def pretrain(
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        schedule.step()
         losses.append(loss.item())
+        if state is not None and time.monotonic() - kept_at >= STATE_SECONDS:
+            _keep(state, model, optimizer, losses)
+            kept_at = time.monotonic()
         if len(losses) % 20 == 0:
             progress.set_postfix(loss=f"{losses[-1]:.3f}")
     model.eval()
+    return losses
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _keep(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, losses: Sequence[float]) -> None:
+    """Writes all that the next step depends on."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for number, own in optimizer.state_dict()["state"].items():
+        tensors |= {f"{moment}.{number}": own[moment] for moment in MOMENTS}
+    artifacts.save_tensors(path, tensors | {"losses": torch.tensor(losses, dtype=torch.float64)})
+
+
+def _restore(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW) -> list[float]:
+    """The inverse of ``_keep``: the losses so far."""
+    found = artifacts.load_tensors(path)
+    model.load_state_dict({name: found[f"model.{name}"] for name in model.state_dict()})
+    losses: list[float] = found["losses"].tolist()
+    whole = optimizer.state_dict()
+    numbers = [number for group in whole["param_groups"] for number in group["params"]]
+    step = torch.tensor(float(len(losses)))
+    own = {n: {"step": step.clone()} | {moment: found[f"{moment}.{n}"] for moment in MOMENTS} for n in numbers}
+    optimizer.load_state_dict(whole | {"state": own})
     return losses
 
 

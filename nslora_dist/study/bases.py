@@ -22,6 +22,8 @@ from nslora_dist.tiny_world import make_tokenizer
 def make_base(study: Study, size: str, *, device: torch.device) -> dict[str, Any]:
     """Pre-trains a base where it is not there yet, and writes it with its data, whole or not at all.
 
+    Whoever is killed at it leaves its state beside the folder, where the next one goes on.
+
     Returns:
         What was measured then: parameters, last loss, recall by piece, seconds.
 
@@ -29,14 +31,16 @@ def make_base(study: Study, size: str, *, device: torch.device) -> dict[str, Any
         UserError: the world cannot be drawn, or the loss was not finite.
     """
     folder, wanted = base_folder(study, size), study.sizes[size]
+    state = folder.with_name(f"{folder.name}.pretraining")
     with locked(folder.with_name(f"{folder.name}.lock")):
         if not is_made(study, size):
             with artifacts.replace_folder(folder) as fresh:
                 try:
-                    made = _make(study, wanted, fresh, device=device)
+                    made = _make(study, wanted, fresh, state, device=device)
                 except ValueError as error:
                     raise UserError(f"sizes.{size}: {error}") from error
                 artifacts.write_json(fresh / MADE, made)
+            state.unlink(missing_ok=True)
     found: dict[str, Any] = json.loads((folder / MADE).read_text(encoding="utf-8"))
     return found
 
@@ -50,7 +54,7 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _make(study: Study, size: Size, folder: Path, *, device: torch.device) -> dict[str, Any]:
+def _make(study: Study, size: Size, folder: Path, state: Path, *, device: torch.device) -> dict[str, Any]:
     started = time.perf_counter()
     knowledge = make_knowledge(size, study.task_rows)
     tokenizer = make_tokenizer(knowledge.world)
@@ -69,7 +73,7 @@ def _make(study: Study, size: Size, folder: Path, *, device: torch.device) -> di
         learning_rate=own.learning_rate,
         seed=size.seed,
     )
-    losses = pretrain(model, tokenizer, knowledge.world.pretraining, settings)
+    losses = pretrain(model, tokenizer, knowledge.world.pretraining, settings, state=state)
     saved = save_base(model.cpu(), tokenizer, folder / "base")
     write_knowledge(knowledge, folder / "data", size=size, tasks=study.task_rows)
     recall = {piece: greedy_exact_match(saved, tokenizer, rows) for piece, rows in knowledge.asked.items()}

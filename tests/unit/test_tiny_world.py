@@ -110,6 +110,37 @@ def test_pretraining_is_deterministic_and_learns(world):
     assert runs[0][-1] < 0.8 * runs[0][0]
 
 
+def test_pretraining_goes_on_from_its_state_to_the_same_bits(tmp_path, monkeypatch):
+    small = tiny_world.make_world(0, people=4, calibration_rows=4, probe_rows=2)
+    tokenizer = tiny_world.make_tokenizer(small)
+    settings = pretrain.PretrainSettings(steps=12, batch_rows=20, learning_rate=5e-3)
+
+    def run(**given):
+        model = pretrain.build_model(tokenizer, hidden_size=64, intermediate_size=64, layers=1, heads=2, kv_heads=1)
+        return model, pretrain.pretrain(model, tokenizer, small.pretraining, settings, **given)
+
+    whole, losses = run()
+    state, done = tmp_path / "state", []
+    weighted = pretrain._weighted_loss
+
+    def killed(*given):
+        done.append(1)
+        if len(done) > 7 * len(settings.mixture):
+            raise KeyboardInterrupt
+        return weighted(*given)
+
+    monkeypatch.setattr(pretrain, "STATE_SECONDS", 0.0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pretrain, "_weighted_loss", killed)
+        run(state=state)
+    monkeypatch.setattr(pretrain, "_weighted_loss", lambda *given: done.append(1) or weighted(*given))
+    done.clear()
+    resumed, again = run(state=state)
+    assert len(done) == 5 * len(settings.mixture), "it began anew"
+    assert again == losses
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
 def test_one_forward_pass_decides_as_greedy_generation_does(shipped_base, world):
     model, tokenizer = shipped_base
     # The untrained task gives wrong answers and the facts right ones, so both outcomes are compared.
