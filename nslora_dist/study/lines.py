@@ -63,13 +63,11 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 def of_cells(lines: Iterable[dict[str, Any]], cells: Iterable[Cell]) -> list[dict[str, Any]]:
     """The lines of a study as it is now, under its names of today: the file may hold more, of earlier settings.
 
-    Each gets the ``grids`` that its cell belongs to.
+    Each gets the ``grids`` that its cell belongs to. They come in the order of the cells, whoever finished first.
     """
-    wanted = {cell.id: cell for cell in cells}
     names = ("size", "task", "calibration", "arm", "grids")
-    return [
-        line | {name: getattr(wanted[line["id"]], name) for name in names} for line in lines if line["id"] in wanted
-    ]
+    by_id = {line["id"]: line for line in lines}
+    return [by_id[cell.id] | {name: getattr(cell, name) for name in names} for cell in cells if cell.id in by_id]
 
 
 def round_floats(value: Any) -> Any:

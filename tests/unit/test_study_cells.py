@@ -151,6 +151,7 @@ def test_lines_survive_a_torn_one(tmp_path: Path) -> None:
 
 def test_lines_take_the_names_of_today(tmp_path: Path) -> None:
     cells = cells_of(load(tmp_path, tree()))
-    lines = [{"id": cells[0].id, "arm": "old name"}, {"id": "of another study", "arm": "lora"}]
-    (found,) = of_cells(lines, cells)
+    lines = [{"id": cells[1].id}, {"id": "of another study", "arm": "lora"}, {"id": cells[0].id, "arm": "old name"}]
+    found, later = of_cells(lines, cells)
     assert (found["id"], found["arm"], found["size"]) == (cells[0].id, cells[0].arm, "toy")
+    assert later["id"] == cells[1].id, "the order is the study's"
