@@ -1,4 +1,4 @@
-"""What the pipeline does for every arm: its model and how it is filled, and what its adapter disturbs at the end."""
+"""What the pipeline does for every arm: its model and how it is filled."""
 
 import zlib
 from dataclasses import dataclass

@@ -66,7 +66,7 @@ def analyse(lines: Sequence[Line], study: Study, *, draws: int = 1000) -> dict[s
     for (size, task), own in grouped(methods, lambda line: (line["size"], line["task"])).items():
         calibrations = list(dict.fromkeys(line["calibration"] for line in own))
         # One yardstick for all calibrations of a task: the best that any arm learned, on average over its seeds.
-        best = max(float(m["adaptation"]) for m in points(own))
+        best = _best_adaptation(own)
         for calibration in calibrations:
             chosen = of_calibration(own, calibration)
             settings.append(
@@ -103,9 +103,9 @@ def sweeps(lines: Sequence[Line], study: Study, *, draws: int) -> list[dict[str,
     """Of each grid along weight decay: what tuning the learning rate gets out of every decay of every arm."""
     found = []
     for name, (size, task), own in _along(lines, study, lambda along: along == DECAY):
-        # The yardstick of the frontiers, so that both tables tell of the same share of the task.
+        # The frontiers' yardstick, or more where a decay that only the sweep has learned more.
         all_of_task = [x for x in of_methods(lines, study) if (x["size"], x["task"]) == (size, task)]
-        best = max(float(point["adaptation"]) for point in points([*all_of_task, *own]))
+        best = max(_best_adaptation(all_of_task), _best_adaptation(own))
         in_order = sorted(own, key=lambda line: (list(study.arms).index(line["arm"]), line["weight_decay"]))
         found.append(
             {"grid": name, "size": size, "task": task, "best_adaptation": best}
@@ -116,6 +116,11 @@ def sweeps(lines: Sequence[Line], study: Study, *, draws: int) -> list[dict[str,
             }
         )
     return found
+
+
+def plot_of(found: Mapping[str, Any]) -> str:
+    """The file name of a sweep's or a curve's plot."""
+    return f"{found['grid']}_{found['size']}_{found['task']}.png"
 
 
 def curves(lines: Sequence[Line], study: Study) -> list[dict[str, Any]]:
@@ -208,6 +213,11 @@ def points(lines: Sequence[Line]) -> list[dict[str, Any]]:
             }
         )
     return sorted(found, key=lambda point: float(point["learning_rate"]))
+
+
+def _best_adaptation(lines: Sequence[Line]) -> float:
+    """The most that any setting learned, on average over its seeds."""
+    return max((float(point["adaptation"]) for point in points(lines)), default=0.0)
 
 
 def _arm(lines: Sequence[Line], *, best: float, draws: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from nslora_dist.study.analysis import (
     grouped,
     of_calibration,
     of_methods,
+    plot_of,
     relative_retention,
     setting_of,
 )
@@ -50,10 +51,10 @@ def draw_study(folder: Path, lines: Sequence[Line], study: Study, found: Mapping
                 drawn.append(folder / f"{kind}_{name}.png")
                 _save(drawn[-1], partial(draw, lines=chosen, looks=looks, title=title), width=11.0)
     for sweep in found["sweeps"]:
-        drawn.append(folder / f"{sweep['grid']}_{sweep['size']}_{sweep['task']}.png")
+        drawn.append(folder / plot_of(sweep))
         _save(drawn[-1], partial(_sweep, sweep=sweep, looks=looks), width=8.0)
     for curve in found["curves"]:
-        drawn.append(folder / f"{curve['grid']}_{curve['size']}_{curve['task']}.png")
+        drawn.append(folder / plot_of(curve))
         _save(drawn[-1], partial(_curve, curve=curve), width=8.0)
     path = folder / "prediction.png"
     _save(path, partial(_prediction, lines=lines, looks=looks), width=12.0)

@@ -6,7 +6,7 @@ from typing import Any
 
 from nslora_dist import artifacts
 from nslora_dist.card import markdown_table
-from nslora_dist.study.analysis import KEEPS, SHARES, Line, analyse
+from nslora_dist.study.analysis import KEEPS, SHARES, Line, analyse, plot_of
 from nslora_dist.study.lines import round_floats
 from nslora_dist.study.plots import draw_study
 from nslora_dist.study.prediction import ALLOWED, LOST, predict
@@ -181,8 +181,7 @@ def _sweep(sweep: Mapping[str, Any], plots: Sequence[Path]) -> list[str]:
         f"The learning rate tuned for each; best adaptation {_score(sweep['best_adaptation'])}.",
         _variants_table(sweep["variants"].items()),
     ]
-    key = f"{sweep['grid']}_{sweep['size']}_{sweep['task']}.png"
-    return parts + [f"![{title}]({path})" for path in plots if path.name == key]
+    return parts + [f"![{title}]({path})" for path in plots if path.name == plot_of(sweep)]
 
 
 def _curve(curve: Mapping[str, Any], plots: Sequence[Path]) -> list[str]:
@@ -210,8 +209,7 @@ def _curve(curve: Mapping[str, Any], plots: Sequence[Path]) -> list[str]:
             f"{_score(against['retention'])}, with less adaptation {_score(against['adaptation'])}; "
             "0 is monotone."
         )
-    key = f"{curve['grid']}_{curve['size']}_{curve['task']}.png"
-    return parts + [f"![{title}]({path})" for path in plots if path.name == key]
+    return parts + [f"![{title}]({path})" for path in plots if path.name == plot_of(curve)]
 
 
 def _prediction(found: Mapping[str, Any]) -> list[str]:
