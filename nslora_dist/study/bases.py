@@ -54,6 +54,18 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _tensor_cores(device: torch.device) -> Iterator[None]:
+    """TensorFloat32 products on a GPU, for a base alone: what is measured later runs in float32."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def _make(study: Study, size: Size, folder: Path, state: Path, *, device: torch.device) -> dict[str, Any]:
     started = time.perf_counter()
     knowledge = make_knowledge(size, study.task_rows)
@@ -73,7 +85,8 @@ def _make(study: Study, size: Size, folder: Path, state: Path, *, device: torch.
         learning_rate=own.learning_rate,
         seed=size.seed,
     )
-    losses = pretrain(model, tokenizer, knowledge.world.pretraining, settings, state=state)
+    with _tensor_cores(device):
+        losses = pretrain(model, tokenizer, knowledge.world.pretraining, settings, state=state)
     saved = save_base(model.cpu(), tokenizer, folder / "base")
     write_knowledge(knowledge, folder / "data", size=size, tasks=study.task_rows)
     recall = {piece: greedy_exact_match(saved, tokenizer, rows) for piece, rows in knowledge.asked.items()}

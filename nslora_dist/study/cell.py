@@ -77,6 +77,8 @@ def run_cell(bench: Bench, cell: Cell, *, version: str) -> dict[str, Any]:
         "id": cell.id,
         "measured": MEASURED,
         "version": version,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         **{key: getattr(cell, key) for key in ("size", "task", "calibration", "arm")},
         **{key: getattr(cell, key) for key in ("learning_rate", "weight_decay", "seed")},
         "method": arm.peer or recipe.adapter.method,
