@@ -175,12 +175,18 @@ def pretrain(
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * _cosine(step, settings)
-        loss_sum, weight_sum = torch.zeros((), device=device), 0.0
+        drawn = []
         for kind, count in counts.items():
-            # One forward pass per kind: rows of a kind are about equally long, so hardly any padding is computed.
             chosen = list(islice(streams[kind], count))
-            ids, is_response = (tensor[chosen].to(device) for tensor in encoded[kind])
-            part, weight = _weighted_loss(model, ids, is_response, tokenizer.pad_token_id, settings)
+            drawn.append((encoded[kind][0][chosen], encoded[kind][1][chosen]))
+        # One forward pass per kind: rows of a kind are about equally long, so hardly any padding is computed. A GPU
+        # waits for its kernels to be launched at such sizes, and is sooner done with fewer of them and some padding.
+        parts = [_joined(drawn, tokenizer.pad_token_id)] if device.type == "cuda" else drawn
+        loss_sum, weight_sum = torch.zeros((), device=device), 0.0
+        for ids, is_response in parts:
+            part, weight = _weighted_loss(
+                model, ids.to(device), is_response.to(device), tokenizer.pad_token_id, settings
+            )
             loss_sum, weight_sum = loss_sum + part, weight_sum + weight
         loss = loss_sum / weight_sum
         if not torch.isfinite(loss):
@@ -250,6 +256,16 @@ def save_base(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folde
     model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+
+
+def _joined(parts: Sequence[tuple[torch.Tensor, torch.Tensor]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Batches of ``encode`` as one, padded on the right to the longest."""
+    longest = max(ids.shape[1] for ids, _ in parts)
+    pad = torch.nn.functional.pad
+    return (
+        torch.cat([pad(ids, (0, longest - ids.shape[1]), value=pad_id) for ids, _ in parts]),
+        torch.cat([pad(mask, (0, longest - mask.shape[1]), value=False) for _, mask in parts]),
+    )
 
 
 def _weighted_loss(

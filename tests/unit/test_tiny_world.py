@@ -141,6 +141,20 @@ def test_pretraining_goes_on_from_its_state_to_the_same_bits(tmp_path, monkeypat
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
 
 
+def test_kinds_joined_to_one_batch_have_the_loss_that_they_have_apart(world, tokenizer):
+    """As a GPU takes them. Sums of some hundred float32 losses in another order: 1e-5."""
+    model = pretrain.build_model(tokenizer, hidden_size=64, intermediate_size=64, layers=1, heads=2, kv_heads=1)
+    parts = [pretrain.encode(rows[:20], tokenizer) for rows in world.pretraining.values()]
+    assert len({ids.shape[1] for ids, _ in parts}) > 1
+    settings = pretrain.PretrainSettings()
+    apart = [pretrain._weighted_loss(model, *part, tokenizer.pad_token_id, settings) for part in parts]
+    loss, weight = pretrain._weighted_loss(
+        model, *pretrain._joined(parts, tokenizer.pad_token_id), tokenizer.pad_token_id, settings
+    )
+    assert float(loss) == pytest.approx(sum(float(own) for own, _ in apart), rel=1e-5)
+    assert weight == pytest.approx(sum(own for _, own in apart), rel=1e-6)
+
+
 def test_one_forward_pass_decides_as_greedy_generation_does(shipped_base, world):
     model, tokenizer = shipped_base
     # The untrained task gives wrong answers and the facts right ones, so both outcomes are compared.
