@@ -10,8 +10,8 @@ recomputing activations, attention, the adapters and the optimizer are left out,
 ``enforce``: the wait for other ranks in its one exchange, of 8 bytes a module.
 
 ``budget_share_of_step_bound`` and ``..._free``: enforce / step; ``tokens_for_one_percent_...``: of one rank and step,
-from which on the share is below 1%; ``seconds_shards``: of ``enforce``, Python finding the parameters, which a GPU's
-host has to do as well. ``..._cpu`` is the same of processor time.
+from which on the share is below 1%. ``..._cpu`` is the same of processor time. With
+``--ranks 512 --rank 16`` hardly any arithmetic is left: that is Python's part, which a GPU waits for.
 """
 
 from typing import Any
@@ -70,12 +70,16 @@ class Rank:
                 made.lora_B = nn.Parameter(DTensor.from_local(part, mesh, [Shard(0)]))
                 block.add_module(name.replace(".", "_"), made)
             self.model.layers.append(block)
+        self.trained = base.trained_by_name(self.model)
 
     def shards(self, *, moments: bool = True) -> list[base.Shard]:
-        return base.optimizer_shards(self.model, self.optimizer, moments=moments)
+        return base.optimizer_shards(self.trained, self.optimizer, moments=moments)
+
+    def masters(self, names: list[str]) -> list[Tensor]:
+        return base.kept_of(self.trained[name] for name in names)
 
     def scale(self, factors: dict[str, float]) -> None:
-        base.scale_parameters(self.model, factors)
+        base.scale_parameters(self.trained, factors)
 
 
 def linear_rate(device: torch.device, dtype: torch.dtype, tokens: int, repeats: int) -> tuple[float, float]:
@@ -108,8 +112,6 @@ def measure(args: Any, device: torch.device) -> dict[str, Any]:
         figures[f"gflops_a_second_linear{unit}"] = round(rates[place] * 1e-9, 1)
         figures[f"seconds_step{unit}"] = round(4.0 * parameters * args.tokens / rates[place], 4)
     start = Budget(engine, limit=1.0, over="module", device=device).measure()
-    shards = median_wall_and_cpu(lambda: engine.shards(moments=False), args.repeats)
-    figures |= {"seconds_shards": round(shards[0], 5), "seconds_shards_cpu": round(shards[1], 5)}
     for case, limit in (("free", 2 * max(start.values())), ("bound", 0.999 * min(start.values()))):
         budget = Budget(engine, limit=limit, over="module", device=device)
 

@@ -12,10 +12,11 @@ little more or less than the budget, and is not bound by it.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,6 @@ from nslora_dist import dist
 from nslora_dist.adapter import AdaptedLinear, adapted_linears
 from nslora_dist.calibration.store import MIXTURE
 from nslora_dist.engines import Engine
-from nslora_dist.engines.base import Shard
 from nslora_dist.errors import UserError
 from nslora_dist.recipe import AdapterSection, BudgetOver
 
@@ -89,10 +89,34 @@ class Budget:
                 )
             self.modules.append(name)
             forms.append(module.update_grams[MIXTURE].double() * (module.scale**2 / reference))
-        self.forms = torch.stack(forms).to(device)
-        shards = self._shards()
+        self.names = [f"{name}{B}" for name in self.modules]
+        self._plan(torch.stack(forms).to(device))
+
+    def _plan(self, forms: Tensor) -> None:
+        """Lays out what every step does alike: a GPU has done the arithmetic before Python has looked around."""
+        by_name = {shard.name: shard for shard in self.engine.shards(moments=False)}
+        shards = [by_name[name] for name in self.names]
         ranges = dist.gather([(shard.start, len(shard.values["value"])) for shard in shards])
-        self.split = split_rows([shard.shape for shard in shards], ranges)
+        split = split_rows([shard.shape for shard in shards], ranges)
+        alike: dict[int, list[tuple[int, slice | None]]] = {}
+        self.parts = []
+        for number, shard in enumerate(shards):
+            count, width = len(shard.values["value"]), shard.shape[1]
+            rows, parts = cut(shard.start, count, width)
+            size = rows.stop - rows.start
+            alike.setdefault(size, []).append((number, None if size == count else rows))
+            self.parts += [_Part(number, split[number, row], column, part) for row, column, part in parts]
+        self.batches = [
+            _Batch(chosen, torch.tensor([n for n, _ in chosen], device=self.device), forms[[n for n, _ in chosen]])
+            for size, whole in alike.items()
+            if size
+            for chosen in batched(whole, max(1, BATCH // size))
+        ]
+        # Each row that is split is counted on one rank, or it would count as often as there are.
+        mine = slice(dist.rank(), None, dist.world_size())
+        numbers = [number for number, _ in split][mine]
+        self.edges = torch.zeros(len(split), forms.shape[-1], device=self.device)
+        self.split = _Batch([], torch.tensor(numbers, dtype=torch.long, device=self.device), forms[numbers]), mine
 
     @classmethod
     def of(cls, engine: Engine, adapter: AdapterSection, *, device: torch.device) -> "Budget | None":
@@ -121,50 +145,52 @@ class Budget:
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """Module → interference of B as it is, exactly the same numbers on every rank."""
-        shards = self._shards()
-        sums = torch.zeros(len(shards), dtype=torch.float64, device=self.device)
-        edges = torch.zeros(len(self.split), self.forms.shape[-1], device=self.device)
-        alike: dict[int, dict[int, Tensor]] = {}
-        for number, shard in enumerate(shards):
-            value = shard.values["value"]
-            rows, parts = cut(shard.start, len(value), shard.shape[1])
-            alike.setdefault(rows.stop - rows.start, {})[number] = value[rows]
-            for row, column, part in parts:
-                edges[self.split[number, row], column : column + part.stop - part.start] = value[part]
-        for size, whole in alike.items():
-            for numbers in batched(whole, max(1, BATCH // max(size, 1))):
-                self._add(sums, numbers, torch.stack([whole[number] for number in numbers]))
-        if self.split:
-            dist.all_reduce(edges)  # one rank gives an element and the others zero: nothing is rounded
-            mine = slice(dist.rank(), None, dist.world_size())  # each row on one rank, or it would count twice
-            self._add(sums, [number for number, _ in self.split][mine], edges[mine])
+        values = self.engine.masters(self.names)
+        sums = torch.zeros(len(values), dtype=torch.float64, device=self.device)
+        for batch in self.batches:
+            rows = [values[n] if own is None else values[n].view(-1)[own] for n, own in batch.chosen]
+            batch.add(sums, torch.stack(rows))
+        if len(self.edges):
+            self.edges.zero_()
+            for part in self.parts:
+                row, width = values[part.number].view(-1)[part.own], part.own.stop - part.own.start
+                self.edges[part.place, part.column : part.column + width] = row
+            dist.all_reduce(self.edges)  # one rank gives an element and the others zero: nothing is rounded
+            batch, mine = self.split
+            batch.add(sums, self.edges[mine])
         found = dist.all_reduce(sums).clamp_min_(0).sqrt_().tolist()  # C in float32 is definite up to rounding alone
         return dict(zip(self.modules, found, strict=True))
 
-    def _add(self, sums: Tensor, numbers: Sequence[int], rows: Tensor) -> None:
-        """Adds Σ b C bᵀ of modules ``numbers`` to ``sums``; ``rows`` (k, n · r) are each one's."""
-        if not rows.numel():
-            return
-        wide = rows.to(self.device, torch.float64).view(len(numbers), -1, self.forms.shape[-1])
-        which = torch.tensor(numbers, device=self.device)
-        sums.index_add_(0, which, ((wide @ self.forms[which]) * wide).sum((1, 2)))
 
-    def _shards(self) -> list[Shard]:
-        """Of every B, in the order of ``modules``."""
-        found = {module_of(shard): shard for shard in self.engine.shards(moments=False) if shard.name.endswith(B)}
-        return [found[name] for name in self.modules]
+@dataclass(frozen=True)
+class _Part:
+    """A part of a row of which this rank has not all: of which module, to which place and column of the exchange."""
+
+    number: int
+    place: int
+    column: int
+    own: slice
 
 
-def module_of(shard: Shard) -> str:
-    """The name of the module that a shard of B belongs to."""
-    return shard.name.removesuffix(B)
+@dataclass(frozen=True)
+class _Batch:
+    """Modules of which this rank has equally many whole rows: which, and which elements of its run (None: all)."""
+
+    chosen: list[tuple[int, slice | None]]
+    numbers: Tensor
+    forms: Tensor
+
+    def add(self, sums: Tensor, rows: Tensor) -> None:
+        """Adds each one's Σ b C bᵀ to ``sums``; ``rows`` are (k, n · r), or (k, n, r)."""
+        if rows.numel():
+            wide = rows.to(sums.device, torch.float64).view(len(rows), -1, self.forms.shape[-1])
+            sums.index_add_(0, self.numbers, ((wide @ self.forms) * wide).sum((1, 2)))
 
 
-def batched(numbers: Iterable[int], most: int) -> Iterator[list[int]]:
-    """``numbers`` in runs of ``most``."""
-    left = list(numbers)
-    for start in range(0, len(left), most):
-        yield left[start : start + most]
+def batched(whole: list[Any], most: int) -> Iterator[list[Any]]:
+    """``whole`` in runs of ``most``."""
+    for start in range(0, len(whole), most):
+        yield whole[start : start + most]
 
 
 def cut(start: int, count: int, width: int) -> tuple[slice, list[tuple[int, int, slice]]]:
@@ -221,19 +247,15 @@ def scale_factors(interference: dict[str, float], *, limit: float, over: BudgetO
     A value that is not finite is left alone: scaling would not mend it, and the next step's loss, which is not finite
     either, tells of it.
     """
+    values = np.array(list(interference.values()))
     if over == "total":
-        whole = spent(interference, over)
-        interference = dict.fromkeys(interference, whole)
-    return {
-        name: rounded_down(limit / value)
-        for name, value in interference.items()
-        if math.isfinite(value) and value > limit
-    }
+        values[:] = spent(interference, over)
+    above = np.isfinite(values) & (values > limit)
+    factors = rounded_down(limit / values[above]).tolist()
+    return dict(zip(np.array(list(interference))[above].tolist(), factors, strict=True))
 
 
-def rounded_down(value: float) -> float:
-    """The largest float32 not above ``value``: B is multiplied in float32, and rounded up it would be above budget."""
-    near = torch.tensor(value, dtype=torch.float32)
-    if float(near) > value:
-        near = torch.nextafter(near, torch.zeros_like(near))
-    return float(near)
+def rounded_down(values: np.ndarray) -> np.ndarray:
+    """The largest float32 not above each float64: rounded up, B would be above its budget."""
+    near = values.astype(np.float32)
+    return np.where(near > values, np.nextafter(near, np.float32(0)), near)

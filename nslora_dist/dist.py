@@ -190,6 +190,13 @@ def all_reduce(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Takes the largest of the ranks' elements in place and returns it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
 def broadcast(tensor: Tensor, *, source: int = 0) -> Tensor:
     """Overwrites ``tensor`` with ``source``'s, in place, and returns it."""
     if world_size() > 1:

@@ -80,9 +80,7 @@ def measure(
 
 def even_batches(batches: list[Batch], *, device: torch.device) -> list[Batch]:
     """This rank's text batches, filled up so that every rank runs the same number through a sharded model."""
-    most = torch.tensor([len(batches)], device=device)
-    if dist.world_size() > 1:
-        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    most = dist.all_reduce_max(torch.tensor([len(batches)], device=device))
     idle = torch.zeros(1, 2, dtype=torch.int64)
     # A mask that is all zero counts nothing; its row attends to nothing, so its first token is left in and masked off
     # by the caller through ``labels``.

@@ -210,9 +210,7 @@ class Run:
             figures = run_arm(Arm(name, arm, start, arm_data), bench, report)
             if arm is recipe:
                 report |= {key: figures[key] for key in ("losses", "grad_norms", "skipped", "tokens_per_second")}
-        memory = torch.tensor([peak_memory()], dtype=torch.int64, device=self.device)
-        if dist.world_size() > 1:
-            torch.distributed.all_reduce(memory, op=torch.distributed.ReduceOp.MAX)
+        memory = dist.all_reduce_max(torch.tensor([peak_memory()], dtype=torch.int64, device=self.device))
         report |= {"seconds": self.clock.seconds, "peak_memory_bytes": int(memory)}
         with watch.phase("report"), dist.together("writing the report"):
             if dist.is_main():

@@ -1,8 +1,7 @@
 """What the trainer may ask of an engine, and what an engine is given."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -95,6 +94,13 @@ class Engine(Protocol):
 
         Args:
             moments: False leaves them out, for whoever looks at the parameters alone.
+        """
+        ...
+
+    def masters(self, names: Sequence[str]) -> list[Tensor]:
+        """The ``value`` of ``shards()`` of these parameters, flat or in rows, for whoever wants it at every step.
+
+        Finding hundreds of parameters in a model of thousands takes longer than arithmetic on them.
         """
         ...
 
@@ -197,13 +203,13 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
 
 @torch.no_grad()
 def clip_and_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float, learning_rate: float
+    parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer, *, max_grad_norm: float, learning_rate: float
 ) -> Tensor:
     """Clips the global gradient norm, steps and clears; returns the norm before clipping, () float32.
 
     Where the norm is not finite no step is taken, for it would end the training.
     """
-    norm = torch.nn.utils.clip_grad_norm_(trained(model), max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
@@ -223,10 +229,12 @@ def whole_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> 
 
 
 @torch.no_grad()
-def optimizer_shards(model: nn.Module, optimizer: torch.optim.Optimizer, *, moments: bool = True) -> list[Shard]:
+def optimizer_shards(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, moments: bool = True
+) -> list[Shard]:
     """``Engine.shards`` where parameters are whole, or DTensors sharded by rows."""
     found = []
-    for name, parameter in trained_by_name(model).items():
+    for name, parameter in parameters.items():
         values: dict[str, Tensor] = {"value": parameter}
         if moments:
             state = whole_moments(optimizer, parameter)
@@ -240,7 +248,6 @@ def optimizer_shards(model: nn.Module, optimizer: torch.optim.Optimizer, *, mome
     return found
 
 
-@lru_cache  # for few shapes, but asked for each of hundreds of parameters at every step
 def _first_row(shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> int:
     """The first row that this rank keeps."""
     _, (row, *_) = compute_local_shape_and_global_offset(shape, mesh, placements)
@@ -248,19 +255,27 @@ def _first_row(shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement,
 
 
 @torch.no_grad()
-def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, shards: list[Shard], *, updates: int) -> None:
+def restore_optimizer(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, shards: list[Shard], *, updates: int
+) -> None:
     """``Engine.restore`` for the same."""
-    for own, given in zip(optimizer_shards(model, optimizer), shards, strict=True):
+    for own, given in zip(optimizer_shards(parameters, optimizer), shards, strict=True):
         assert (own.name, own.start) == (given.name, given.start)
         for key, value in own.values.items():
             value.copy_(given.values[key])
-    for parameter in trained_by_name(model).values():
+    for parameter in parameters.values():
         optimizer.state[parameter]["step"].fill_(updates)
 
 
 @torch.no_grad()
-def scale_parameters(model: nn.Module, factors: Mapping[str, float]) -> None:
+def kept_of(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """``Engine.masters`` for the same: this rank's rows of each."""
+    # Not to_local(), which makes a view that autograd could follow: ten times as long, at hundreds a step.
+    return [p._local_tensor if isinstance(p, DTensor) else p for p in parameters]
+
+
+@torch.no_grad()
+def scale_parameters(parameters: Mapping[str, nn.Parameter], factors: Mapping[str, float]) -> None:
     """``Engine.scale`` for the same."""
-    named = [(parameter, factors[name]) for name, parameter in trained_by_name(model).items() if name in factors]
-    kept = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter, _ in named]
-    torch._foreach_mul_(kept, [factor for _, factor in named])  # one launch for many small parameters
+    kept = kept_of(parameters[name] for name in factors)
+    torch._foreach_mul_(kept, list(factors.values()))  # one launch for many small parameters

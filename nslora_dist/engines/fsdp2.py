@@ -1,6 +1,6 @@
 """PyTorch FSDP2: every parameter a DTensor sharded over all ranks, gathered block by block."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,13 @@ from nslora_dist.engines.base import (
     Job,
     Shard,
     clip_and_step,
+    kept_of,
     make_optimizer,
     optimizer_shards,
     prepare,
     restore_optimizer,
     scale_parameters,
+    trained_by_name,
 )
 from nslora_dist.recipe import Recipe
 
@@ -58,6 +60,7 @@ class Fsdp2Engine:
         self.root = prepare(job, recipe, shard, shards_empty=alone)
         fully_shard(self.root, mesh=mesh, mp_policy=policy)  # in place
         self.optimizer = make_optimizer(self.root, recipe)
+        self.trained = trained_by_name(self.model)  # at a step they are the optimizer's own, sharded or whole
         self.max_grad_norm = recipe.train.max_grad_norm
 
     def forward(self, batch: Batch) -> Tensor:
@@ -77,8 +80,8 @@ class Fsdp2Engine:
 
     def step(self, learning_rate: float) -> float:
         """See ``Engine``."""
-        norm = clip_and_step(self.root, self.optimizer, max_grad_norm=self.max_grad_norm, learning_rate=learning_rate)
-        return float(norm)
+        trained, most = self.trained.values(), self.max_grad_norm
+        return float(clip_and_step(trained, self.optimizer, max_grad_norm=most, learning_rate=learning_rate))
 
     def skip(self) -> None:
         """See ``Engine``."""
@@ -86,15 +89,19 @@ class Fsdp2Engine:
 
     def shards(self, *, moments: bool = True) -> list[Shard]:
         """See ``Engine``."""
-        return optimizer_shards(self.model, self.optimizer, moments=moments)
+        return optimizer_shards(self.trained, self.optimizer, moments=moments)
+
+    def masters(self, names: Sequence[str]) -> list[Tensor]:
+        """See ``Engine``."""
+        return kept_of(self.trained[name] for name in names)
 
     def scale(self, factors: Mapping[str, float]) -> None:
         """See ``Engine``."""
-        scale_parameters(self.model, factors)
+        scale_parameters(self.trained, factors)
 
     def restore(self, shards: list[Shard], *, updates: int) -> None:
         """See ``Engine``."""
-        restore_optimizer(self.model, self.optimizer, shards, updates=updates)
+        restore_optimizer(self.trained, self.optimizer, shards, updates=updates)
 
     def gather(self, parameter: nn.Parameter) -> Tensor:
         """See ``Engine``."""

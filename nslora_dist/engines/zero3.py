@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,7 @@ class Zero3Engine:
         self.engine, *_ = deepspeed.initialize(
             model=root, optimizer=self.optimizer, config=config, dist_init_required=False
         )
+        self.trained: dict[str, Any] = trained_by_name(self.model)  # DeepSpeed has hung things of its own on them
 
     def forward(self, batch: Batch) -> Tensor:
         """See ``Engine``."""
@@ -120,8 +121,7 @@ class Zero3Engine:
     def shards(self, *, moments: bool = True) -> list[Shard]:
         """See ``Engine``. DeepSpeed deals a parameter's elements evenly, in order, and pads the last part."""
         found = []
-        parameters: dict[str, Any] = trained_by_name(self.model)  # DeepSpeed has hung things of its own on them
-        for name, parameter in parameters.items():
+        for name, parameter in self.trained.items():
             size = parameter.partition_numel()
             start = min(dist.rank() * size, parameter.ds_numel)
             kept = slice(0, min(size, parameter.ds_numel - start))
@@ -136,8 +136,7 @@ class Zero3Engine:
     @torch.no_grad()
     def restore(self, shards: list[Shard], *, updates: int) -> None:
         """See ``Engine``. The compute dtype's copies follow from the float32 masters, as after a step."""
-        parameters: dict[str, Any] = trained_by_name(self.model)
-        for (name, parameter), shard in zip(parameters.items(), shards, strict=True):
+        for (name, parameter), shard in zip(self.trained.items(), shards, strict=True):
             assert name == shard.name
             self._moments(parameter)["step"].fill_(updates)
             padded = {key: torch.zeros(parameter.partition_numel()) for key in shard.values}
@@ -149,14 +148,36 @@ class Zero3Engine:
         self._copies_follow()
 
     @torch.no_grad()
+    def masters(self, names: Sequence[str]) -> list[Tensor]:
+        """See ``Engine``. Views, but of what is swapped to disk."""
+        return [self._master(name)[0] for name in names]
+
+    @torch.no_grad()
     def scale(self, factors: Mapping[str, float]) -> None:
         """See ``Engine``."""
-        parameters: dict[str, Any] = trained_by_name(self.model)
+        in_place = []
         for name, factor in factors.items():
-            # Not in place: where the optimizer's state is offloaded, what one gets is a copy.
-            scaled = safe_get_local_fp32_param(parameters[name]) * factor
-            safe_set_local_fp32_param(parameters[name], scaled)
+            value, is_view = self._master(name)
+            if is_view:
+                in_place.append((value, factor))
+            else:
+                parameter = self.trained[name]
+                safe_set_local_fp32_param(parameter, safe_get_local_fp32_param(parameter) * factor)
+        if in_place:
+            torch._foreach_mul_([value for value, _ in in_place], [factor for _, factor in in_place])
         self._copies_follow()
+
+    def _master(self, name: str) -> tuple[Tensor, bool]:
+        """This rank's run of a float32 master without its padding, and whether it is a view.
+
+        DeepSpeed's own look-up waits for the device at every parameter; it is asked where a group is swapped alone.
+        """
+        zero, parameter = self.engine.optimizer, self.trained[name]
+        group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+        kept = max(0, min(size, parameter.ds_numel - dist.rank() * size))
+        if zero._swappable_optimizer_subgroup(group):
+            return safe_get_local_fp32_param(parameter)[:kept], False
+        return zero.fp32_partitioned_groups_flat[group].narrow(0, offset, kept), True
 
     def _copies_follow(self) -> None:
         """Makes the compute dtype's copies, and those of parameters that are kept whole, from the float32 masters."""

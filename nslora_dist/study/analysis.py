@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from nslora_dist.study.cells import cells_of
 from nslora_dist.study.spec import Study
 from nslora_dist.study.statistics import (
     Array,
@@ -61,7 +62,7 @@ def analyse(lines: Sequence[Line], study: Study, *, draws: int = 1000) -> dict[s
         along weight decay, size and task, with those of its variants; ``curves``, one entry a grid that varies
         something else than the method, size and task.
     """
-    methods = of_methods(lines, study)
+    methods, planned = of_methods(lines, study), planned_settings(study)
     settings = []
     for (size, task), own in grouped(methods, lambda line: (line["size"], line["task"])).items():
         calibrations = list(dict.fromkeys(line["calibration"] for line in own))
@@ -78,6 +79,7 @@ def analyse(lines: Sequence[Line], study: Study, *, draws: int = 1000) -> dict[s
                     "base": own[0]["base"],
                     "arms": {
                         name: _arm(found, best=best, draws=draws)
+                        | {"planned": planned.get((size, task, calibration, name)) or planned[size, task, None, name]}
                         for name, found in sorted(grouped(chosen, lambda line: line["arm"]).items())
                     },
                     "variants": {
@@ -97,6 +99,22 @@ def analyse(lines: Sequence[Line], study: Study, *, draws: int = 1000) -> dict[s
 def of_methods(lines: Iterable[Line], study: Study) -> list[Line]:
     """The lines of the grids that compare methods, and run along nothing else."""
     return [line for line in lines if any(study.grids[grid].along is None for grid in line["grids"])]
+
+
+def planned_settings(study: Study) -> dict[tuple[str, str, str | None, str], int]:
+    """(size, task, calibration, arm) → how many settings the study tunes an arm over; calibration None: any of them."""
+    found: dict[tuple[str, str, str | None, str], set[tuple[float, float]]] = {}
+    for cell in cells_of(study):
+        if any(study.grids[grid].along is None for grid in cell.grids):
+            for calibration in (cell.calibration, None):
+                own = found.setdefault((cell.size, cell.task, calibration, cell.arm), set())
+                own.add((cell.weight_decay, cell.learning_rate))
+    return {key: len(settings) for key, settings in found.items()}
+
+
+def whole_arms(setting: Mapping[str, Any]) -> dict[str, Any]:
+    """Of one entry of ``settings``, the arms of which all was run: tuned over less, one looks worse than it is."""
+    return {name: own for name, own in setting["arms"].items() if own["settings"] >= own["planned"]}
 
 
 def sweeps(lines: Sequence[Line], study: Study, *, draws: int) -> list[dict[str, Any]]:

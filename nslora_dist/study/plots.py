@@ -1,6 +1,7 @@
 """The study's plots: frontiers with bands, both scores over the learning rate, forgetting against interference."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from nslora_dist.study.analysis import (
     plot_of,
     relative_retention,
     setting_of,
+    whole_arms,
 )
 from nslora_dist.study.spec import Study
 from nslora_dist.study.statistics import frontier
@@ -28,6 +30,8 @@ if TYPE_CHECKING:  # matplotlib takes a second to import
 FINE = np.linspace(0.0, 1.0, 401)
 LOWEST = 1e-4
 """Interference below it is drawn at it: the axis is logarithmic, and this is what float32 can tell apart."""
+ACROSS = 3
+"""Panels of the headline's plot beside each other."""
 
 
 def draw_study(folder: Path, lines: Sequence[Line], study: Study, found: Mapping[str, Any]) -> list[Path]:
@@ -39,9 +43,16 @@ def draw_study(folder: Path, lines: Sequence[Line], study: Study, found: Mapping
     looks = {arm: number for number, arm in enumerate(arm for arm in study.arms if arm in present)}
     drawn = []
     methods = of_methods(lines, study)
-    if methods:
+    first = [x for x in found["settings"] if x["calibration"] == found["settings"][0]["calibration"]]
+    whole = {(x["size"], x["task"]): arms for x in first if (arms := whole_arms(x))}
+    if whole:
         drawn.append(folder / "headline.png")
-        _save(drawn[-1], partial(_headline, lines=methods, looks=looks), width=12.0)
+        _save(
+            drawn[-1],
+            partial(_headline, lines=methods, looks=looks, whole=whole),
+            width=12.0,
+            height=4.2 * math.ceil(len(whole) / ACROSS) + 0.6,
+        )
     for (size, task), own in grouped(methods, lambda line: (line["size"], line["task"])).items():
         for calibration in dict.fromkeys(line["calibration"] for line in own):
             chosen = of_calibration(own, calibration)
@@ -63,13 +74,13 @@ def draw_study(folder: Path, lines: Sequence[Line], study: Study, found: Mapping
     return [*drawn, path, probes]
 
 
-def _save(path: Path, draw: "Callable[[Figure], None]", *, width: float) -> None:
+def _save(path: Path, draw: "Callable[[Figure], None]", *, width: float, height: float = 4.8) -> None:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]  # its stub wants every key as a literal
-        figure = Figure(figsize=(width, 4.8), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure)
         figure.savefig(path)
@@ -100,18 +111,27 @@ def most_kept(adaptation: Sequence[float], retention: Sequence[float], start: fl
     return found
 
 
-def _headline(figure: "Figure", lines: Sequence[Line], looks: Mapping[str, int]) -> None:
-    """Every arm's frontier over all its settings with the first calibration, a base and task a panel."""
-    calibration = lines[0]["calibration"]
+def _headline(
+    figure: "Figure",
+    lines: Sequence[Line],
+    looks: Mapping[str, int],
+    whole: Mapping[tuple[str, str], Collection[str]],
+) -> None:
+    """Every arm's frontier over all its settings with the first calibration, if run: one panel a base and task."""
     of_task = grouped(lines, lambda line: (line["size"], line["task"]))
-    panels = figure.subplots(1, len(of_task), sharey=True, squeeze=False)[0]
-    for axes, ((size, task), everything) in zip(panels, of_task.items(), strict=True):
-        own = of_calibration(everything, calibration)
+    across = min(ACROSS, len(whole))
+    panels = figure.subplots(math.ceil(len(whole) / across), across, sharey=True, squeeze=False)
+    for axes in panels.flat[len(whole) :]:
+        axes.set_visible(False)
+    for axes, ((size, task), arms) in zip(panels.flat, whole.items(), strict=False):
+        own = of_calibration(of_task[size, task], lines[0]["calibration"])
         start = float(own[0]["base"]["adaptation"])
         for arm, here in sorted(grouped(own, lambda line: line["arm"]).items()):
-            _frontier(axes, here, start=start, look=_look(looks[arm]), label=arm)
+            if arm in arms:
+                _frontier(axes, here, start=start, look=_look(looks[arm]), label=arm)
         axes.set(xlabel="adaptation (task accuracy)", title=f"{size}, {task.replace('_', ' ')}", xlim=(-0.02, 1.02))
-    panels[0].set(ylabel="retention, of the base's", ylim=(0.38, 1.02))
+    for axes in panels[:, 0]:
+        axes.set(ylabel="retention, of the base's", ylim=(0.38, 1.02))
     _legend(figure)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from nslora_dist import artifacts
 from nslora_dist.card import markdown_table
-from nslora_dist.study.analysis import KEEPS, SHARES, Line, analyse, plot_of
+from nslora_dist.study.analysis import KEEPS, SHARES, Line, analyse, plot_of, whole_arms
 from nslora_dist.study.lines import round_floats
 from nslora_dist.study.plots import draw_study
 from nslora_dist.study.prediction import ALLOWED, LOST, predict
@@ -74,24 +74,24 @@ HOW = (
 
 
 def _headline(settings: Sequence[Mapping[str, Any]]) -> str:
-    """Every arm in one row, on every base and task with the first calibration, by its mean area."""
+    """Every arm in one row, on every base and task with the first calibration."""
     shown = [setting for setting in settings if setting["calibration"] == settings[0]["calibration"]]
+    whole = [whole_arms(setting) for setting in shown]
     every = {name: own for setting in shown for name, own in setting["arms"].items()}
 
-    def mean(name: str) -> float:
-        areas = [setting["arms"][name]["area"]["value"] for setting in shown if name in setting["arms"]]
-        return sum(areas) / len(areas)
-
-    def cells(name: str, setting: Mapping[str, Any]) -> list[str]:
-        own = setting["arms"].get(name)
-        if own is None:
+    def cells(name: str, arms: Mapping[str, Any]) -> list[str]:
+        if name not in arms:
             return [NONE, NONE]
-        return [_interval(own["area"]), _interval(own["retention_at"][f"{SHARES[0]:g}"])]
+        return [_interval(arms[name]["area"]), _interval(arms[name]["retention_at"][f"{SHARES[0]:g}"])]
 
-    # An arm that was run on one easy task alone would lead: those with most tasks come first.
-    count = {name: sum(name in setting["arms"] for setting in shown) for name in every}
-    order = sorted(every, key=lambda name: (-count[name], -mean(name)))
-    rows = [[_named(name, every[name]), *(c for setting in shown for c in cells(name, setting))] for name in order]
+    # By the mean area over what all were run on: one that was run on an easy task alone would lead otherwise.
+    shared = [arms for arms in whole if every.keys() == arms.keys()]
+
+    def rank(name: str) -> tuple[float, int]:
+        return -sum(arms[name]["area"]["value"] for arms in shared), -sum(name in arms for arms in whole)
+
+    order = sorted(every, key=rank)
+    rows = [[_named(name, every[name]), *(c for arms in whole for c in cells(name, arms))] for name in order]
     header = ["arm"]
     for setting in shown:
         where = f"{setting['size']} {setting['task'].replace('_', ' ')}"
@@ -123,9 +123,8 @@ def _arms_table(setting: Mapping[str, Any]) -> str:
     rows = []
     for name, own in _by_area(setting["arms"]):
         first = [_named(name, own), str(own["rank"]), f"{own['trained_parameters']:,}", own["matched"]]
-        rows.append(
-            [*first, str(own["settings"]), str(own["seeds"]), *_scores(own), *_chosen(own["chosen"], with_decay=True)]
-        )
+        run = str(own["settings"]) if own["settings"] >= own["planned"] else f"{own['settings']} of {own['planned']}"
+        rows.append([*first, run, str(own["seeds"]), *_scores(own), *_chosen(own["chosen"], with_decay=True)])
     return markdown_table(header, rows)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from helpers.launching import ROOT
-from nslora_dist.study.analysis import Line, analyse
+from nslora_dist.study.analysis import Line, analyse, whole_arms
 from nslora_dist.study.cells import cells_of
 from nslora_dist.study.lines import of_cells, read_lines, round_floats
 from nslora_dist.study.prediction import predict
@@ -70,6 +70,20 @@ def test_the_text_is_the_figures(lines: list[Line], summary: dict[str, Any]) -> 
     missing = len(cells_of(STUDY)) - len(lines)
     again = text_of(summary, name="frontier", missing=missing, plots=plots)
     assert sorted(again.splitlines()) == sorted(text.splitlines())
+
+
+def test_an_arm_that_was_not_run_whole_does_not_stand_in_the_headline(lines: list[Line]) -> None:
+    own = [x for x in lines if (x["size"], x["task"], x["calibration"], x["seed"]) == ("1m", "minimum", "all", 0)]
+    cut = [x for x in own if not (x["arm"] == "eva" and x["learning_rate"] > 1e-3)]
+    rows = {}
+    for name, few in (("whole", own), ("cut", cut)):
+        text = text_of(
+            analyse(few, STUDY, draws=2) | {"prediction": predict(few, draws=2)}, name="x", missing=0, plots=[]
+        )
+        rows[name] = [row for row in text.splitlines() if row.startswith("| eva |")]
+    assert "–" not in rows["whole"][0].split("|")[2] and " 15 |" in rows["whole"][1]
+    assert rows["cut"][0] == "| eva | – | – |" and " 9 of 15 |" in rows["cut"][1]
+    assert whole_arms(analyse(cut, STUDY, draws=2)["settings"][0]).keys() == set(STUDY.grids["frontier"].arms) - {"eva"}
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/study.md"])
