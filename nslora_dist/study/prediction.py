@@ -22,14 +22,14 @@ def predict(lines: Sequence[Line], *, draws: int) -> dict[str, Any]:
     """How interference on calibration texts goes with forgetting.
 
     Returns:
-        ``cells`` whose texts exercise every piece that is asked, with as many sequences as any has. Of these
+        ``cells`` whose texts exercise every piece that is asked, with as many sequences as most have. Of these
         ``aggregates`` (each with its correlation across and within arms, and the value it is safe below), ``settings``
         (``rms`` and ``kl``, a size and task at a time) and ``few`` (``rms``, by sequences a source). Of all cells:
         ``probes``, each with its own piece, and ``calibrations``, where the texts may be about something else than
         what is asked.
     """
-    most = max(int(line["sequences"]) for line in lines)
-    whole = [line for line in lines if set(line["covered"]) == set(PIECES) and line["sequences"] == most]
+    covering = [line for line in lines if set(line["covered"]) == set(PIECES)]
+    whole = max(grouped(covering, lambda line: line["sequences"]).values(), key=len, default=[])
     by_setting = grouped(whole, lambda line: f"{line['size']}, {line['task']}")
     return {
         "cells": len(whole),
