@@ -163,6 +163,8 @@ def scale_and_look(layout: str, world: Path) -> dict[str, bool]:
         stage.engine.matches(batch)
         after = {shard.name: shard.values for shard in stage.engine.shards()}
         light = {shard.name: shard.values for shard in stage.engine.shards(moments=False)}
+        names = list(reversed(after))
+        masters = dict(zip(names, stage.engine.masters(names), strict=True))
 
         def same(name: str, key: str, factor: float = 1.0) -> bool:
             return torch.equal(after[name][key], factor * before[name][key])
@@ -177,4 +179,5 @@ def scale_and_look(layout: str, world: Path) -> dict[str, bool]:
             "light": all(
                 v.keys() == {"value"} and torch.equal(v["value"], after[n]["value"]) for n, v in light.items()
             ),
+            "masters": all(torch.equal(v.view(-1), after[n]["value"]) for n, v in masters.items()),
         }

@@ -124,7 +124,7 @@ def test_the_report_is_told_the_final_value(trained: Results, layout: str) -> No
     assert trained[layout]["none"].facts is None
 
 
-@pytest.mark.parametrize("layout", ["fsdp2-2", "zero3-2", "zero3-3"])
+@pytest.mark.parametrize("layout", ["single-1", "fsdp2-2", "zero3-2", "zero3-3", "zero3_offload-2"])
 def test_scaling_reaches_the_master_and_its_copies_alone(world: Path, layout: str) -> None:
     for found in run_ranks(scale_and_look, int(layout[-1]), layout, world, timeout=200):
         assert found and all(found.values()), found
