@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -149,40 +150,50 @@ class Zero3Engine:
 
     @torch.no_grad()
     def masters(self, names: Sequence[str]) -> list[Tensor]:
-        """See ``Engine``. Views, but of what is swapped to disk."""
-        return [self._master(name)[0] for name in names]
+        """See ``Engine``."""
+        views = self._views
+        return [views[name] if name in views else self._swapped(name) for name in names]
 
     @torch.no_grad()
     def scale(self, factors: Mapping[str, float]) -> None:
         """See ``Engine``."""
-        in_place = []
-        for name, factor in factors.items():
-            value, is_view = self._master(name)
-            if is_view:
-                in_place.append((value, factor))
-            else:
-                parameter = self.trained[name]
-                safe_set_local_fp32_param(parameter, safe_get_local_fp32_param(parameter) * factor)
+        in_place = [name for name in factors if name in self._views]
         if in_place:
-            torch._foreach_mul_([value for value, _ in in_place], [factor for _, factor in in_place])
+            torch._foreach_mul_([self._views[name] for name in in_place], [factors[name] for name in in_place])
+        for name in factors.keys() - self._views.keys():
+            parameter = self.trained[name]
+            safe_set_local_fp32_param(parameter, safe_get_local_fp32_param(parameter) * factors[name])
         self._copies_follow()
 
-    def _master(self, name: str) -> tuple[Tensor, bool]:
-        """This rank's run of a float32 master without its padding, and whether it is a view.
+    @cached_property
+    def _views(self) -> dict[str, Tensor]:
+        """This rank's run of every float32 master without its padding; of what is swapped to disk there is none.
 
-        DeepSpeed's own look-up waits for the device at every parameter; it is asked where a group is swapped alone.
+        Looked up once: at every step, and by DeepSpeed's own look-up, which waits for the device at each of hundreds of
+        parameters, it would take longer than what is done with them.
         """
-        zero, parameter = self.engine.optimizer, self.trained[name]
-        group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
-        kept = max(0, min(size, parameter.ds_numel - dist.rank() * size))
-        if zero._swappable_optimizer_subgroup(group):
-            return safe_get_local_fp32_param(parameter)[:kept], False
-        return zero.fp32_partitioned_groups_flat[group].narrow(0, offset, kept), True
+        zero, found = self.engine.optimizer, {}
+        for name, parameter in self.trained.items():
+            group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+            if not zero._swappable_optimizer_subgroup(group):
+                kept = max(0, min(size, parameter.ds_numel - dist.rank() * size))
+                found[name] = zero.fp32_partitioned_groups_flat[group].detach().narrow(0, offset, kept)
+        return found
+
+    def _swapped(self, name: str) -> Tensor:
+        parameter = self.trained[name]
+        size = parameter.partition_numel()
+        return safe_get_local_fp32_param(parameter)[: max(0, min(size, parameter.ds_numel - dist.rank() * size))]
 
     def _copies_follow(self) -> None:
-        """Makes the compute dtype's copies, and those of parameters that are kept whole, from the float32 masters."""
+        """Makes the compute dtype's copies, and those of parameters that are kept whole, from the float32 masters.
+
+        Between a step and the next forward pass all others are partitioned already; to look through the whole model for
+        them, as DeepSpeed would, takes longer than the copy.
+        """
         zero = self.engine.optimizer
-        zero._partition_all_parameters()
+        for parameter in zero.persistent_parameters:
+            parameter.partition()
         for number in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(number)
         if zero.persistent_parameters:
