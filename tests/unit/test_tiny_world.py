@@ -147,10 +147,11 @@ def test_kinds_joined_to_one_batch_have_the_loss_that_they_have_apart(world, tok
     parts = [pretrain.encode(rows[:20], tokenizer) for rows in world.pretraining.values()]
     assert len({ids.shape[1] for ids, _ in parts}) > 1
     settings = pretrain.PretrainSettings()
-    apart = [pretrain._weighted_loss(model, *part, tokenizer.pad_token_id, settings) for part in parts]
-    loss, weight = pretrain._weighted_loss(
-        model, *pretrain._joined(parts, tokenizer.pad_token_id), tokenizer.pad_token_id, settings
-    )
+    with torch.no_grad():
+        apart = [pretrain._weighted_loss(model, *part, tokenizer.pad_token_id, settings) for part in parts]
+        loss, weight = pretrain._weighted_loss(
+            model, *pretrain._joined(parts, tokenizer.pad_token_id), tokenizer.pad_token_id, settings
+        )
     assert float(loss) == pytest.approx(sum(float(own) for own, _ in apart), rel=1e-5)
     assert weight == pytest.approx(sum(own for _, own in apart), rel=1e-6)
 
