@@ -58,6 +58,16 @@ def deepspeed_config(recipe: Recipe, *, world_size: int) -> dict[str, Any]:
     }
 
 
+def _run(parameter: Any) -> tuple[int, int]:
+    """First element and number of those that this rank keeps of a parameter.
+
+    DeepSpeed deals the elements evenly, in order, and pads the last part.
+    """
+    size = parameter.partition_numel()
+    start = min(dist.rank() * size, parameter.ds_numel)
+    return start, min(size, parameter.ds_numel - start)
+
+
 class Zero3Engine:
     """The DeepSpeed engine."""
 
@@ -120,18 +130,16 @@ class Zero3Engine:
 
     @torch.no_grad()
     def shards(self, *, moments: bool = True) -> list[Shard]:
-        """See ``Engine``. DeepSpeed deals a parameter's elements evenly, in order, and pads the last part."""
+        """See ``Engine``."""
         found = []
         for name, parameter in self.trained.items():
-            size = parameter.partition_numel()
-            start = min(dist.rank() * size, parameter.ds_numel)
-            kept = slice(0, min(size, parameter.ds_numel - start))
+            start, count = _run(parameter)
             values = {"value": safe_get_local_fp32_param(parameter)}
             if moments:
                 self._moments(parameter)
                 values |= {key: safe_get_local_optimizer_state(parameter, key) for key in MOMENTS}
             shape = tuple(parameter.ds_shape)
-            found.append(Shard(name, shape, start, {key: value[kept] for key, value in values.items()}))
+            found.append(Shard(name, shape, start, {key: value[:count] for key, value in values.items()}))
         return found
 
     @torch.no_grad()
@@ -151,8 +159,14 @@ class Zero3Engine:
     @torch.no_grad()
     def masters(self, names: Sequence[str]) -> list[Tensor]:
         """See ``Engine``."""
-        views = self._views
-        return [views[name] if name in views else self._swapped(name) for name in names]
+        views, found = self._views, []
+        for name in names:
+            if name in views:
+                found.append(views[name])
+            else:
+                parameter = self.trained[name]
+                found.append(safe_get_local_fp32_param(parameter)[: _run(parameter)[1]])
+        return found
 
     @torch.no_grad()
     def scale(self, factors: Mapping[str, float]) -> None:
@@ -174,16 +188,11 @@ class Zero3Engine:
         """
         zero, found = self.engine.optimizer, {}
         for name, parameter in self.trained.items():
-            group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+            group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
             if not zero._swappable_optimizer_subgroup(group):
-                kept = max(0, min(size, parameter.ds_numel - dist.rank() * size))
-                found[name] = zero.fp32_partitioned_groups_flat[group].detach().narrow(0, offset, kept)
+                flat = zero.fp32_partitioned_groups_flat[group].detach()
+                found[name] = flat.narrow(0, offset, _run(parameter)[1])
         return found
-
-    def _swapped(self, name: str) -> Tensor:
-        parameter = self.trained[name]
-        size = parameter.partition_numel()
-        return safe_get_local_fp32_param(parameter)[: max(0, min(size, parameter.ds_numel - dist.rank() * size))]
 
     def _copies_follow(self) -> None:
         """Makes the compute dtype's copies, and those of parameters that are kept whole, from the float32 masters.
