@@ -112,6 +112,11 @@ def planned_settings(study: Study) -> dict[tuple[str, str, str | None, str], int
     return {key: len(settings) for key, settings in found.items()}
 
 
+def of_first_calibration(settings: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The entries that the headline is about, one a base and task."""
+    return [setting for setting in settings if setting["calibration"] == settings[0]["calibration"]]
+
+
 def whole_arms(setting: Mapping[str, Any]) -> dict[str, Any]:
     """Of one entry of ``settings``, the arms of which all was run: tuned over less, one looks worse than it is."""
     return {name: own for name, own in setting["arms"].items() if own["settings"] >= own["planned"]}

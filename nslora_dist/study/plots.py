@@ -14,6 +14,7 @@ from nslora_dist.study.analysis import (
     forgetting,
     grouped,
     of_calibration,
+    of_first_calibration,
     of_methods,
     plot_of,
     relative_retention,
@@ -43,8 +44,8 @@ def draw_study(folder: Path, lines: Sequence[Line], study: Study, found: Mapping
     looks = {arm: number for number, arm in enumerate(arm for arm in study.arms if arm in present)}
     drawn = []
     methods = of_methods(lines, study)
-    first = [x for x in found["settings"] if x["calibration"] == found["settings"][0]["calibration"]]
-    whole = {(x["size"], x["task"]): arms for x in first if (arms := whole_arms(x))}
+    shown = of_first_calibration(found["settings"])
+    whole = {(x["size"], x["task"]): arms for x in shown if (arms := whole_arms(x))}
     if whole:
         drawn.append(folder / "headline.png")
         _save(

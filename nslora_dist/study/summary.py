@@ -6,7 +6,7 @@ from typing import Any
 
 from nslora_dist import artifacts
 from nslora_dist.card import markdown_table
-from nslora_dist.study.analysis import KEEPS, SHARES, Line, analyse, plot_of, whole_arms
+from nslora_dist.study.analysis import KEEPS, SHARES, Line, analyse, of_first_calibration, plot_of, whole_arms
 from nslora_dist.study.lines import round_floats
 from nslora_dist.study.plots import draw_study
 from nslora_dist.study.prediction import ALLOWED, LOST, predict
@@ -75,7 +75,7 @@ HOW = (
 
 def _headline(settings: Sequence[Mapping[str, Any]]) -> str:
     """Every arm in one row, on every base and task with the first calibration."""
-    shown = [setting for setting in settings if setting["calibration"] == settings[0]["calibration"]]
+    shown = of_first_calibration(settings)
     whole = [whole_arms(setting) for setting in shown]
     every = {name: own for setting in shown for name, own in setting["arms"].items()}
 
