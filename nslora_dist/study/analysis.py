@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nslora_dist.study.cells import cells_of
+from nslora_dist.study.settings import Line, Planned, over_same_seeds, planned_settings, setting_of
 from nslora_dist.study.spec import Study
 from nslora_dist.study.statistics import (
     Array,
@@ -16,7 +16,6 @@ from nslora_dist.study.statistics import (
     safe_band,
 )
 
-Line = dict[str, Any]
 SHARES = (0.95, 0.99)
 KEEPS = 0.95
 DECAY = "weight_decay"
@@ -48,13 +47,12 @@ def grouped(lines: Iterable[Line], key: Callable[[Line], Any]) -> dict[Any, list
     return found
 
 
-def analyse(lines: Sequence[Line], study: Study, *, draws: int = 1000) -> dict[str, Any]:
-    """Every figure of the summary, as plain JSON.
+def analyse(lines: Sequence[Line], study: Study) -> dict[str, Any]:
+    """Every figure of the summary but those of forgetting foretold, as plain JSON.
 
     Args:
         lines: of all cells, with their ``grids``.
         study: whose cells they are.
-        draws: bootstrap resamples.
 
     Returns:
         ``cells``; ``settings``, one entry a size, task and calibration (an arm that no calibration shapes stands in
@@ -62,14 +60,16 @@ def analyse(lines: Sequence[Line], study: Study, *, draws: int = 1000) -> dict[s
         along weight decay, size and task, with those of its variants; ``curves``, one entry a grid that varies
         something else than the method, size and task.
     """
-    methods, planned = of_methods(lines, study), planned_settings(study)
-    settings = []
-    for (size, task), own in grouped(methods, lambda line: (line["size"], line["task"])).items():
-        calibrations = list(dict.fromkeys(line["calibration"] for line in own))
+    planned, settings, learned = planned_settings(study), [], {}
+    for (size, task), own in grouped(of_methods(lines, study), lambda line: (line["size"], line["task"])).items():
+        arms = {
+            calibration: arms_of(own, calibration, planned)
+            for calibration in dict.fromkeys(line["calibration"] for line in own)
+        }
         # One yardstick for all calibrations of a task: the best that any arm learned, on average over its seeds.
-        best = _best_adaptation(own)
-        for calibration in calibrations:
-            chosen = of_calibration(own, calibration)
+        best = learned[size, task] = _best_adaptation([here for of_arm in arms.values() for here in of_arm.values()])
+        for calibration, of_arm in arms.items():
+            variants = grouped(of_calibration(own, calibration), variant)
             settings.append(
                 {
                     "size": size,
@@ -78,38 +78,41 @@ def analyse(lines: Sequence[Line], study: Study, *, draws: int = 1000) -> dict[s
                     "best_adaptation": best,
                     "base": own[0]["base"],
                     "arms": {
-                        name: _arm(found, best=best, draws=draws)
-                        | {"planned": planned.get((size, task, calibration, name)) or planned[size, task, None, name]}
-                        for name, found in sorted(grouped(chosen, lambda line: line["arm"]).items())
+                        name: _arm(here, best=best) | _run_of(here, planned_of(planned, here[0], calibration))
+                        for name, here in of_arm.items()
                     },
-                    "variants": {
-                        name: _variant(found, best=best, draws=draws)
-                        for name, found in sorted(grouped(chosen, variant).items())
-                    },
+                    "variants": {name: _variant(here, best=best) for name, here in sorted(variants.items())},
                 }
             )
     return {
         "cells": len(lines),
         "settings": settings,
-        "sweeps": sweeps(lines, study, draws=draws),
+        "sweeps": sweeps(lines, study, learned),
         "curves": curves(lines, study),
     }
+
+
+def arms_of(lines: Sequence[Line], calibration: str, planned: Planned) -> dict[str, list[Line]]:
+    """Arm → those of its lines that are compared, of a size and task's."""
+    of_arm = grouped(of_calibration(lines, calibration), lambda line: line["arm"])
+    return {
+        name: over_same_seeds(own, planned_of(planned, own[0], calibration)) for name, own in sorted(of_arm.items())
+    }
+
+
+def planned_of(planned: Planned, line: Line, calibration: str) -> frozenset[tuple[float, float]]:
+    """The settings that are planned for a line's arm, where it is compared under a calibration."""
+    size, task, arm = line["size"], line["task"], line["arm"]
+    return planned.get((size, task, calibration, arm)) or planned[size, task, None, arm]
+
+
+def _run_of(lines: Sequence[Line], planned: frozenset[tuple[float, float]]) -> dict[str, int]:
+    return {"planned": len(planned), "missing": len(planned - {setting_of(line) for line in lines})}
 
 
 def of_methods(lines: Iterable[Line], study: Study) -> list[Line]:
     """The lines of the grids that compare methods, and run along nothing else."""
     return [line for line in lines if any(study.grids[grid].along is None for grid in line["grids"])]
-
-
-def planned_settings(study: Study) -> dict[tuple[str, str, str | None, str], int]:
-    """(size, task, calibration, arm) → how many settings the study tunes an arm over; calibration None: any of them."""
-    found: dict[tuple[str, str, str | None, str], set[tuple[float, float]]] = {}
-    for cell in cells_of(study):
-        if any(study.grids[grid].along is None for grid in cell.grids):
-            for calibration in (cell.calibration, None):
-                own = found.setdefault((cell.size, cell.task, calibration, cell.arm), set())
-                own.add((cell.weight_decay, cell.learning_rate))
-    return {key: len(settings) for key, settings in found.items()}
 
 
 def of_first_calibration(settings: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -119,24 +122,24 @@ def of_first_calibration(settings: Sequence[Mapping[str, Any]]) -> list[Mapping[
 
 def whole_arms(setting: Mapping[str, Any]) -> dict[str, Any]:
     """Of one entry of ``settings``, the arms of which all was run: tuned over less, one looks worse than it is."""
-    return {name: own for name, own in setting["arms"].items() if own["settings"] >= own["planned"]}
+    return {name: own for name, own in setting["arms"].items() if not own["missing"]}
 
 
-def sweeps(lines: Sequence[Line], study: Study, *, draws: int) -> list[dict[str, Any]]:
-    """Of each grid along weight decay: what tuning the learning rate gets out of every decay of every arm."""
+def sweeps(lines: Sequence[Line], study: Study, learned: Mapping[tuple[str, str], float]) -> list[dict[str, Any]]:
+    """Of each grid along weight decay: what tuning the learning rate gets out of every decay of every arm.
+
+    Args:
+        lines: of all cells.
+        study: whose cells they are.
+        learned: (size, task) → the frontiers' yardstick; where a decay that only the sweep has learned more, that is.
+    """
     found = []
     for name, (size, task), own in _along(lines, study, lambda along: along == DECAY):
-        # The frontiers' yardstick, or more where a decay that only the sweep has learned more.
-        all_of_task = [x for x in of_methods(lines, study) if (x["size"], x["task"]) == (size, task)]
-        best = max(_best_adaptation(all_of_task), _best_adaptation(own))
-        in_order = sorted(own, key=lambda line: (list(study.arms).index(line["arm"]), line["weight_decay"]))
+        variants = grouped(sorted(own, key=lambda x: (list(study.arms).index(x["arm"]), x["weight_decay"])), variant)
+        best = max(learned.get((size, task), 0.0), _best_adaptation(map(over_same_seeds, variants.values())))
         found.append(
             {"grid": name, "size": size, "task": task, "best_adaptation": best}
-            | {
-                "variants": {
-                    name: _variant(of, best=best, draws=draws) for name, of in grouped(in_order, variant).items()
-                }
-            }
+            | {"variants": {name: _variant(of, best=best) for name, of in variants.items()}}
         )
     return found
 
@@ -238,16 +241,15 @@ def points(lines: Sequence[Line]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda point: float(point["learning_rate"]))
 
 
-def _best_adaptation(lines: Sequence[Line]) -> float:
+def _best_adaptation(compared: Iterable[Sequence[Line]]) -> float:
     """The most that any setting learned, on average over its seeds."""
-    return max((float(point["adaptation"]) for point in points(lines)), default=0.0)
+    return max((float(point["adaptation"]) for own in compared for point in points(own)), default=0.0)
 
 
-def _arm(lines: Sequence[Line], *, best: float, draws: int) -> dict[str, Any]:
+def _arm(lines: Sequence[Line], *, best: float) -> dict[str, Any]:
     """An arm with all its settings, learning rates and weight decays alike: what tuning gets out of it."""
     start = float(lines[0]["base"]["adaptation"])
     values = _by_seed(lines)
-    chosen = _chosen(points(lines), target=SHARES[0] * best)
     return {
         "seeds": len(values),
         "settings": values.shape[-1],
@@ -255,11 +257,9 @@ def _arm(lines: Sequence[Line], *, best: float, draws: int) -> dict[str, Any]:
         "matched": lines[0]["matched"],
         "rank": lines[0]["rank"],
         "trained_parameters": lines[0]["trained_parameters"],
-        "area": asdict(over_seeds(values, lambda mean: _area(mean, start), draws=draws)),
-        "retention_at": {
-            f"{share:g}": asdict(over_seeds(values, _kept_at(share * best), draws=draws)) for share in SHARES
-        },
-        "chosen": chosen,
+        "area": asdict(over_seeds(values, lambda mean: _area(mean, start))),
+        "retention_at": {f"{share:g}": asdict(over_seeds(values, _kept_at(share * best))) for share in SHARES},
+        "chosen": _chosen(points(lines), target=SHARES[0] * best),
         "covered": lines[0]["covered"] if shaped(lines[0]) else [],
     }
 
@@ -272,45 +272,31 @@ def _area(mean: Array, start: float) -> float:
     return area_under_frontier([start, *mean[0]], [1.0, *mean[1]])  # not to train at all is a setting, too
 
 
-def _variant(lines: Sequence[Line], *, best: float, draws: int) -> dict[str, Any]:
-    own_points = points(lines)
-    values = _by_seed(lines)  # (seeds, 2, rates): whole seeds alone
-    return _arm(lines, best=best, draws=draws) | {
+def _variant(lines: Sequence[Line], *, best: float) -> dict[str, Any]:
+    lines = over_same_seeds(lines)
+    rates = sorted({float(line["learning_rate"]) for line in lines})
+    band, ends = safe_band(rates, *_by_seed(lines).mean(0), learns=SHARES[0] * best, keeps=KEEPS)
+    return _arm(lines, best=best) | {
         "arm": lines[0]["arm"],
         "weight_decay": float(lines[0]["weight_decay"]),
-        "points": own_points,
+        "points": points(lines),
         "seconds": float(np.mean([line["seconds"] for line in lines])),
         "processor_seconds": float(np.mean([line["processor_seconds"] for line in lines])),
-        "best_adaptation": max(float(point["adaptation"]) for point in own_points),
-        "band": safe_band(
-            sorted({float(line["learning_rate"]) for line in lines if line["seed"] in _seeds(lines)}),
-            *values.mean(0),
-            learns=SHARES[0] * best,
-            keeps=KEEPS,
-        ),
+        "best_adaptation": _best_adaptation([lines]),
+        "band": band,
+        "band_ends": ends,
     }
 
 
-def setting_of(line: Line) -> tuple[float, float]:
-    """What is tuned: weight decay and learning rate."""
-    return float(line["weight_decay"]), float(line["learning_rate"])
-
-
-def _seeds(lines: Sequence[Line]) -> list[int]:
-    """The seeds with every setting that any seed has; where there is none, the fullest one."""
-    settings = {setting_of(line) for line in lines}
-    by_seed = {seed: {setting_of(line) for line in own} for seed, own in grouped(lines, lambda x: x["seed"]).items()}
-    whole = [seed for seed, own in by_seed.items() if own == settings]
-    return whole or [max(by_seed, key=lambda seed: len(by_seed[seed]))]
-
-
 def _by_seed(lines: Sequence[Line]) -> Array:
-    """(seeds, 2, settings): adaptation and relative retention."""
-    found = []
-    for seed in _seeds(lines):
-        own = sorted((line for line in lines if line["seed"] == seed), key=setting_of)
-        found.append([[float(x["adaptation"]) for x in own], [relative_retention(x) for x in own]])
-    return np.array(found)
+    """(seeds, 2, settings) of lines over the same seeds: adaptation and relative retention."""
+    in_order = sorted(lines, key=setting_of)
+    return np.array(
+        [
+            [[float(x["adaptation"]) for x in own], [relative_retention(x) for x in own]]
+            for own in grouped(in_order, lambda line: line["seed"]).values()
+        ]
+    )
 
 
 def _chosen(points: Sequence[Mapping[str, Any]], *, target: float) -> Mapping[str, Any] | None:

@@ -1,7 +1,7 @@
 """The study's plots: frontiers with bands, both scores over the learning rate, forgetting against interference."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ import numpy as np
 
 from nslora_dist.plots import COLORS, MARKERS, STYLE
 from nslora_dist.study.analysis import (
-    Line,
+    arms_of,
     forgetting,
     grouped,
     of_calibration,
@@ -18,9 +18,9 @@ from nslora_dist.study.analysis import (
     of_methods,
     plot_of,
     relative_retention,
-    setting_of,
     whole_arms,
 )
+from nslora_dist.study.settings import Line, over_same_seeds, planned_settings, setting_of
 from nslora_dist.study.spec import Study
 from nslora_dist.study.statistics import frontier
 
@@ -45,12 +45,18 @@ def draw_study(folder: Path, lines: Sequence[Line], study: Study, found: Mapping
     drawn = []
     methods = of_methods(lines, study)
     shown = of_first_calibration(found["settings"])
-    whole = {(x["size"], x["task"]): arms for x in shown if (arms := whole_arms(x))}
+    planned = planned_settings(study)
+    whole: dict[tuple[str, str], dict[str, list[Line]]] = {}
+    for setting in shown:
+        own = [line for line in methods if (line["size"], line["task"]) == (setting["size"], setting["task"])]
+        arms = arms_of(own, setting["calibration"], planned)
+        if chosen_arms := {name: arms[name] for name in whole_arms(setting)}:
+            whole[setting["size"], setting["task"]] = chosen_arms
     if whole:
         drawn.append(folder / "headline.png")
         _save(
             drawn[-1],
-            partial(_headline, lines=methods, looks=looks, whole=whole),
+            partial(_headline, looks=looks, whole=whole),
             width=12.0,
             height=4.2 * math.ceil(len(whole) / ACROSS) + 0.6,
         )
@@ -113,23 +119,17 @@ def most_kept(adaptation: Sequence[float], retention: Sequence[float], start: fl
 
 
 def _headline(
-    figure: "Figure",
-    lines: Sequence[Line],
-    looks: Mapping[str, int],
-    whole: Mapping[tuple[str, str], Collection[str]],
+    figure: "Figure", looks: Mapping[str, int], whole: Mapping[tuple[str, str], Mapping[str, list[Line]]]
 ) -> None:
     """Every arm's frontier over all its settings with the first calibration, if run: one panel a base and task."""
-    of_task = grouped(lines, lambda line: (line["size"], line["task"]))
     across = min(ACROSS, len(whole))
     panels = figure.subplots(math.ceil(len(whole) / across), across, sharey=True, squeeze=False)
     for axes in panels.flat[len(whole) :]:
         axes.set_visible(False)
     for axes, ((size, task), arms) in zip(panels.flat, whole.items(), strict=False):
-        own = of_calibration(of_task[size, task], lines[0]["calibration"])
-        start = float(own[0]["base"]["adaptation"])
-        for arm, here in sorted(grouped(own, lambda line: line["arm"]).items()):
-            if arm in arms:
-                _frontier(axes, here, start=start, look=_look(looks[arm]), label=arm)
+        for arm, here in arms.items():
+            start = float(here[0]["base"]["adaptation"])
+            _frontier(axes, here, start=start, look=_look(looks[arm]), label=arm)
         axes.set(xlabel="adaptation (task accuracy)", title=f"{size}, {task.replace('_', ' ')}", xlim=(-0.02, 1.02))
     for axes in panels[:, 0]:
         axes.set(ylabel="retention, of the base's", ylim=(0.38, 1.02))
@@ -157,7 +157,7 @@ def _frontiers(figure: "Figure", lines: Sequence[Line], looks: Mapping[str, int]
         here = [line for line in lines if float(line["weight_decay"]) == decay]
         start = float(here[0]["base"]["adaptation"])
         for arm, own in sorted(grouped(here, lambda line: line["arm"]).items()):
-            _frontier(axes, own, start=start, look=_look(looks[arm]), label=arm)
+            _frontier(axes, over_same_seeds(own), start=start, look=_look(looks[arm]), label=arm)
         axes.set(xlabel="adaptation (task accuracy)", title=f"weight decay {decay:g}", xlim=(-0.02, 1.02))
     figure.axes[0].set(ylabel="retention, of the base's", ylim=(-0.02, 1.04))
     _legend(figure)

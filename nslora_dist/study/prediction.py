@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from nslora_dist.study.analysis import Line, forgetting, grouped
+from nslora_dist.study.analysis import forgetting, grouped
+from nslora_dist.study.settings import Line
 from nslora_dist.study.spec import AGGREGATES, FEW, PIECES
 from nslora_dist.study.statistics import Array, Interval, over_pairs, safe_below, spearman
 

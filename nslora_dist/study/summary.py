@@ -6,10 +6,11 @@ from typing import Any
 
 from nslora_dist import artifacts
 from nslora_dist.card import markdown_table
-from nslora_dist.study.analysis import KEEPS, SHARES, Line, analyse, of_first_calibration, plot_of, whole_arms
+from nslora_dist.study.analysis import KEEPS, SHARES, analyse, of_first_calibration, plot_of, whole_arms
 from nslora_dist.study.lines import round_floats
 from nslora_dist.study.plots import draw_study
 from nslora_dist.study.prediction import ALLOWED, LOST, predict
+from nslora_dist.study.settings import Line
 from nslora_dist.study.spec import Study
 
 NONE = "–"
@@ -29,7 +30,7 @@ def summarise(folder: Path, lines: Sequence[Line], study: Study, *, missing: int
     Returns:
         The Markdown file.
     """
-    found = round_floats(analyse(lines, study, draws=draws) | {"prediction": predict(lines, draws=draws)})
+    found = round_floats(analyse(lines, study) | {"prediction": predict(lines, draws=draws)})
     artifacts.write_json(folder / "summary.json", found)
     plots = [path.relative_to(folder) for path in draw_study(folder / "plots", lines, study, found)]
     path = folder / "summary.md"
@@ -64,12 +65,14 @@ HOW = (
     "Retention is the mean over pieces of knowledge, over the base's own. *Area*: under the frontier, the most "
     "retention to be had at an adaptation of at least t, t from 0 to 1. *At 95%, 99%*: the most retention of a setting "
     "that reaches that share of the best adaptation that any arm has on this task; – where none does. A setting is a "
-    "learning rate and a weight decay. In brackets: 95% intervals over seeds, the setting chosen anew in each "
-    "resample; with three seeds they are coarse. *lr*, *wd*: of the setting chosen for 95%, and at it *spread*, the "
-    "standard deviation over seeds of adaptation / retention, and *interference*, the root mean square over modules on "
-    "the calibration texts. *Band*: decades of learning rate in which at least 95% of the best adaptation is reached "
-    f"and {KEEPS:.0%} of the knowledge kept. *s*, *cpu s*: of a cell, by the clock and of the processor. Methods of "
-    "this repository are set in bold; rows are in the order of their area."
+    "learning rate and a weight decay; an arm's are compared over the same seeds. In brackets: 95% intervals over "
+    "seeds (Student's, by the jackknife, the setting chosen anew), none with one seed; (67%): of the seeds that may be "
+    "left out, how many leave a setting that reaches the target. *lr*, *wd*: of the setting chosen for 95%, and at it "
+    "*spread*, the standard deviation over seeds of adaptation / retention, and *interference*, the root mean square "
+    "over modules on the calibration texts. *Band*: decades of learning rate in which at least 95% of the best "
+    f"adaptation is reached and {KEEPS:.0%} of the knowledge kept; ≥ where it goes on at the end of the rates that "
+    "were run. *s*, *cpu s*: of a cell, by the clock and of the processor. Methods of this repository are set in bold; "
+    "rows are in the order of their area."
 )
 
 
@@ -123,7 +126,8 @@ def _arms_table(setting: Mapping[str, Any]) -> str:
     rows = []
     for name, own in _by_area(setting["arms"]):
         first = [_named(name, own), str(own["rank"]), f"{own['trained_parameters']:,}", own["matched"]]
-        run = str(own["settings"]) if own["settings"] >= own["planned"] else f"{own['settings']} of {own['planned']}"
+        planned, missing = own["planned"], own["missing"]
+        run = f"{planned - missing} of {planned}" if missing else str(own["settings"])
         rows.append([*first, run, str(own["seeds"]), *_scores(own), *_chosen(own["chosen"], with_decay=True)])
     return markdown_table(header, rows)
 
@@ -135,7 +139,7 @@ def _variants_table(variants: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
         [
             _named(name, own),
             *_scores(own),
-            f"{own['band']:.2f}",
+            f"{'' if own['band_ends'] else '≥ '}{own['band']:.2f}",
             *_chosen(own["chosen"], with_decay=False),
             f"{own['seconds']:.1f}",
             f"{own['processor_seconds']:.1f}",
@@ -290,4 +294,6 @@ def _interval(found: Mapping[str, Any]) -> str:
     value, low, high = found["value"], found["low"], found["high"]
     if value is None:
         return NONE
-    return f"{value:.3f}" if low is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    if low is None:
+        return f"{value:.3f}" if found["share"] == 1 else f"{value:.3f} ({found['share']:.0%})"
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"

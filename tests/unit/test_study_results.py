@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from helpers.launching import ROOT
-from nslora_dist.study.analysis import Line, analyse, whole_arms
+from nslora_dist.study.analysis import analyse, whole_arms
 from nslora_dist.study.cells import cells_of
 from nslora_dist.study.lines import of_cells, read_lines, round_floats
 from nslora_dist.study.prediction import predict
+from nslora_dist.study.settings import Line
 from nslora_dist.study.spec import load_study
 from nslora_dist.study.summary import text_of
 
@@ -54,9 +55,7 @@ def test_every_line_is_of_this_study_and_of_one_base(lines: list[Line]) -> None:
 
 def test_the_figures_follow_from_the_lines(lines: list[Line], summary: dict[str, Any]) -> None:
     """Everything but the intervals, which are drawn at random: a few draws tell that the values are the lines'."""
-    again = json.loads(
-        json.dumps(round_floats(analyse(lines, STUDY, draws=2) | {"prediction": predict(lines, draws=2)}))
-    )
+    again = json.loads(json.dumps(round_floats(analyse(lines, STUDY) | {"prediction": predict(lines, draws=2)})))
     drawn = ("/low", "/high", "/share")
     found, expected = ({k: v for k, v in leaves(x).items() if not k.endswith(drawn)} for x in (again, summary))
     assert found.keys() == expected.keys()
@@ -77,13 +76,11 @@ def test_an_arm_that_was_not_run_whole_does_not_stand_in_the_headline(lines: lis
     cut = [x for x in own if not (x["arm"] == "eva" and x["learning_rate"] > 1e-3)]
     rows = {}
     for name, few in (("whole", own), ("cut", cut)):
-        text = text_of(
-            analyse(few, STUDY, draws=2) | {"prediction": predict(few, draws=2)}, name="x", missing=0, plots=[]
-        )
+        text = text_of(analyse(few, STUDY) | {"prediction": predict(few, draws=2)}, name="x", missing=0, plots=[])
         rows[name] = [row for row in text.splitlines() if row.startswith("| eva |")]
     assert "–" not in rows["whole"][0].split("|")[2] and " 15 |" in rows["whole"][1]
     assert rows["cut"][0] == "| eva | – | – |" and " 9 of 15 |" in rows["cut"][1]
-    assert whole_arms(analyse(cut, STUDY, draws=2)["settings"][0]).keys() == set(STUDY.grids["frontier"].arms) - {"eva"}
+    assert whole_arms(analyse(cut, STUDY)["settings"][0]).keys() == set(STUDY.grids["frontier"].arms) - {"eva"}
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/study.md"])
