@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from nslora_dist.study.statistics import (
     safe_band,
 )
 
+T = TypeVar("T")
 SHARES = (0.95, 0.99)
 KEEPS = 0.95
 DECAY = "weight_decay"
@@ -39,11 +40,11 @@ def variant(line: Line) -> str:
     return f"{line['arm']}, wd {line['weight_decay']:g}"
 
 
-def grouped(lines: Iterable[Line], key: Callable[[Line], Any]) -> dict[Any, list[Line]]:
-    """Lines by a key, in order of appearance."""
-    found: dict[Any, list[Line]] = {}
-    for line in lines:
-        found.setdefault(key(line), []).append(line)
+def grouped(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
+    """Lines, or anything else, by a key, in order of appearance."""
+    found: dict[Any, list[T]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
     return found
 
 

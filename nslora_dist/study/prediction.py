@@ -1,6 +1,6 @@
 """How interference, measured before any evaluation, goes with forgetting (METHODS.md §1c, §1d)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -8,18 +8,19 @@ import numpy as np
 
 from nslora_dist.study.analysis import forgetting, grouped
 from nslora_dist.study.settings import Line
-from nslora_dist.study.spec import AGGREGATES, FEW, PIECES
-from nslora_dist.study.statistics import Array, Interval, over_pairs, safe_below, spearman
+from nslora_dist.study.spec import AGGREGATES, FEW, PIECES, Study, StudyArm
+from nslora_dist.study.statistics import Array, over_pairs, safe_below, spearman
 
 LOST = 0.01
 """Of all answers: forgetting above this is a loss."""
 ALLOWED = (0.0, 0.05)
 MISSING = "all that leave a piece out"
+KEYS = ("size", "task", "arm")
 LEAST = 8
 """Cells that a rank correlation is taken over: of fewer it says nothing."""
 
 
-def predict(lines: Sequence[Line], *, draws: int) -> dict[str, Any]:
+def predict(lines: Sequence[Line], study: Study, *, draws: int) -> dict[str, Any]:
     """How interference on calibration texts goes with forgetting.
 
     Returns:
@@ -32,28 +33,49 @@ def predict(lines: Sequence[Line], *, draws: int) -> dict[str, Any]:
     covering = [line for line in lines if set(line["covered"]) == set(PIECES)]
     whole = max(grouped(covering, lambda line: line["sequences"]).values(), key=len, default=[])
     by_setting = grouped(whole, lambda line: f"{line['size']}, {line['task']}")
+    apart = {name for name, arm in study.arms.items() if in_null_space(arm)}
+
+    def aggregate(own: Sequence[Line], kind: str) -> dict[str, Any]:
+        return _aggregate(own, _over_all_modules(whole, kind), apart, draws=draws)
+
     return {
         "cells": len(whole),
-        "aggregates": {name: _aggregate(whole, _measured("calibration", name), draws=draws) for name in AGGREGATES}
-        if whole
-        else {},
+        "aggregates": {name: aggregate(whole, name) for name in AGGREGATES} if whole else {},
         "settings": {
-            name: {"cells": len(own)}
-            | {kind: _aggregate(own, _measured("calibration", kind), draws=draws) for kind in ("rms", "kl")}
+            name: {"cells": len(own)} | {kind: aggregate(own, kind) for kind in ("rms", "kl")}
             for name, own in by_setting.items()
         },
-        "few": _few(whole, draws=draws),
+        "few": _few(whole, apart, draws=draws),
         "probes": _probes(lines, draws=draws),
         "calibrations": _calibrations(lines, draws=draws),
     }
 
 
-def _measured(kind: str, name: str) -> Callable[[Line], float | None]:
+def in_null_space(arm: StudyArm) -> bool:
+    """Whether all that an arm may learn lies in a null space, of activations or of weights."""
+    return arm.section.method == "null_lora" or (arm.section.method == "lora_null" and arm.section.a_is_frozen)
+
+
+def _over_all_modules(lines: Sequence[Line], name: str) -> Callable[[Line], float | None]:
+    """An aggregate of a line's interference, ``rms`` and ``mean`` over every module that arms of its base adapt.
+
+    Null-LoRA leaves out the modules whose weights have no null space: it disturbs nothing there, and that counts.
+    """
+    most: dict[str, int] = {}
+    for line in lines:
+        most[line["size"]] = max(most.get(line["size"], 0), line["adapted_modules"])
+    power = {"rms": 0.5, "mean": 1.0}.get(name, 0.0)
+
     def of(line: Line) -> float | None:
-        value: float | None = line["interference"][kind][name]
-        return value
+        value = line["interference"]["calibration"][name]
+        share = float(line["adapted_modules"] / most[line["size"]])
+        return None if value is None else float(value) * share**power
 
     return of
+
+
+def _of_few(count: int) -> Callable[[Line], float | None]:
+    return lambda line: float(line["interference"]["few"][str(count)])
 
 
 def _clusters(lines: Sequence[Line]) -> list[str]:
@@ -61,36 +83,52 @@ def _clusters(lines: Sequence[Line]) -> list[str]:
     return [f"{line['size']}/{line['task']}/{line['arm']}/{line['weight_decay']}" for line in lines]
 
 
-def _aggregate(lines: Sequence[Line], of: Callable[[Line], float | None], *, draws: int) -> dict[str, Any]:
-    lines = [line for line in lines if of(line) is not None]
-    x = [float(of(line) or 0.0) for line in lines]
-    y = [forgetting(line) for line in lines]
-    where = _clusters(lines)
-    within = {}
-    for arm in dict.fromkeys(line["arm"] for line in lines):
-        own = [place for place, line in enumerate(lines) if line["arm"] == arm]
-        if len(own) >= LEAST:
-            within[arm] = spearman(np.array(x)[own], np.array(y)[own])
-    known = [value for value in within.values() if value is not None]
+def _aggregate(
+    lines: Sequence[Line], of: Callable[[Line], float | None], apart: Collection[str], *, draws: int
+) -> dict[str, Any]:
+    """Rank correlations and safe values; ``apart`` are the arms that the others are also looked at without.
 
-    def safe(allowed: float) -> Interval:
-        return over_pairs(x, y, lambda a, b: safe_below(a, b, lost=LOST, allowed=allowed), draws=draws, clusters=where)
+    *Within* is one base, task and arm at a time, so that neither tells anything: an arm's own is the mean over bases
+    and tasks, and ``within_mean`` the mean over all of these.
+    """
+    lines = [line for line in lines if of(line) is not None]
+    x = np.array([float(of(line) or 0.0) for line in lines])
+    y = np.array([forgetting(line) for line in lines])
+    where = np.array(_clusters(lines))
+    kept = np.array([line["arm"] in apart for line in lines], dtype=bool)
+    every = np.ones(len(lines), dtype=bool)
+    found: dict[str, list[float]] = {}
+    for own in grouped(range(len(lines)), lambda place: tuple(lines[place][key] for key in KEYS)).values():
+        value = spearman(x[own], y[own]) if len(own) >= LEAST else None
+        if value is not None:
+            found.setdefault(lines[own[0]]["arm"], []).append(value)
+    pooled = [value for values in found.values() for value in values]
+
+    def over(chosen: Array, figure: Callable[[Array, Array], float | None]) -> dict[str, Any]:
+        return asdict(over_pairs(x[chosen], y[chosen], figure, draws=draws, clusters=where[chosen].tolist()))
+
+    def safe(allowed: float) -> Callable[[Array, Array], float | None]:
+        return lambda a, b: safe_below(a, b, lost=LOST, allowed=allowed)
 
     return {
-        "across": asdict(over_pairs(x, y, spearman, draws=draws, clusters=where)),
-        "within": within,
-        "within_mean": float(np.mean(known)) if known else None,
-        "safe_below": {f"{allowed:g}": asdict(safe(allowed)) for allowed in ALLOWED},
+        "across": over(every, spearman),
+        "across_others": over(~kept, spearman),
+        "within": {arm: float(np.mean(values)) for arm, values in found.items()},
+        "within_mean": float(np.mean(pooled)) if pooled else None,
+        "safe_below": {f"{allowed:g}": over(every, safe(allowed)) for allowed in ALLOWED},
+        "safe_below_in_null_space": over(kept, safe(ALLOWED[-1])),
+        "safe_below_others": over(~kept, safe(ALLOWED[-1])),
     }
 
 
-def _few(lines: Sequence[Line], *, draws: int) -> dict[str, Any]:
+def _few(lines: Sequence[Line], apart: Collection[str], *, draws: int) -> dict[str, Any]:
     """Sequences a source → how well interference on the first so many tells, of the same cells each time."""
     same = [line for line in lines if len(line["interference"]["few"]) == len(FEW)]
     if not same:
         return {}
-    found = {str(count): _aggregate(same, _measured("few", str(count)), draws=draws) for count in FEW}
-    return found | {str(same[0]["sequences"]): _aggregate(same, _measured("calibration", "rms"), draws=draws)}
+    kinds = {str(count): _of_few(count) for count in FEW}
+    kinds[str(same[0]["sequences"])] = lambda line: float(line["interference"]["calibration"]["rms"])
+    return {count: _aggregate(same, of, apart, draws=draws) for count, of in kinds.items()}
 
 
 def _calibrations(lines: Sequence[Line], *, draws: int) -> dict[str, Any]:
@@ -125,7 +163,7 @@ def _probes(lines: Sequence[Line], *, draws: int) -> dict[str, Any]:
     def pairs(kind: str, own: Sequence[str]) -> tuple[list[float], list[float], list[str]]:
         of_line = [(line, piece) for line in lines for piece in own]
         x = [float(line["interference"]["probes"][piece][kind]) for line, piece in of_line]
-        return x, [forgetting(line, piece) for line, piece in of_line], [line["id"] for line, _ in of_line]
+        return x, [forgetting(line, piece) for line, piece in of_line], _clusters([line for line, _ in of_line])
 
     def correlation(kind: str, own: Sequence[str]) -> dict[str, Any]:
         x, y, where = pairs(kind, own)
@@ -136,10 +174,10 @@ def _probes(lines: Sequence[Line], *, draws: int) -> dict[str, Any]:
 
     by_piece: dict[str, Any] = {}
     for piece in pieces:
-        x, y, _ = pairs("rms", [piece])
+        x, y, where = pairs("rms", [piece])
         by_piece[piece] = {
             "spearman": correlation("rms", [piece]),
             "kl": correlation("kl", [piece]),
-            "safe_below": asdict(over_pairs(x, y, safe, draws=draws)),
+            "safe_below": asdict(over_pairs(x, y, safe, draws=draws, clusters=where)),
         }
     return {"all": correlation("rms", pieces), "all_kl": correlation("kl", pieces), "by_piece": by_piece}

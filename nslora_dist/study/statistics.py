@@ -75,8 +75,8 @@ def over_seeds(values: Array, figure: Callable[[Array], float | None]) -> Interv
 
 
 def over_pairs(
-    x: Sequence[float],
-    y: Sequence[float],
+    x: Sequence[float] | Array,
+    y: Sequence[float] | Array,
     figure: Callable[[Array, Array], float | None],
     *,
     draws: int = 1000,
@@ -128,7 +128,10 @@ def spearman(x: Array, y: Array) -> float | None:
 
 
 def safe_below(interference: Array, forgetting: Array, *, lost: float, allowed: float) -> float | None:
-    """The largest interference up to which at most a share ``allowed`` of cells loses more than ``lost``.
+    """The largest interference at which at most a share ``allowed`` of cells loses more than ``lost``.
+
+    The share is isotonic regression's: the best fit to the cells that never falls as interference grows. A share of
+    *all* cells below would depend on how many harmless ones a grid happens to have.
 
     Args:
         interference: (cells,).
@@ -137,16 +140,16 @@ def safe_below(interference: Array, forgetting: Array, *, lost: float, allowed: 
         allowed: share; 0 asks for the last value before the first loss.
 
     Returns:
-        One of the interferences seen; None where the lowest one loses already.
+        One of the interferences seen; None where the lowest one loses already, or there are no cells.
     """
     order = np.argsort(interference, kind="stable")
-    values, losses = interference[order], np.cumsum(forgetting[order] > lost)
-    # Cells of equal interference stand or fall together: only the last of them is asked.
-    ends = np.append(values[1:] > values[:-1], True) if len(values) else np.zeros(0, dtype=bool)
-    good = ends & (losses <= allowed * np.arange(1, len(values) + 1))
-    if allowed == 0.0:
-        good &= losses == 0
-    return float(values[good].max()) if bool(good.any()) else None
+    values = interference[order]
+    # Isotonic regression is at most a up to where the sum of (loss - a) is least: at the last such place, for ties.
+    sums = np.cumsum((forgetting[order] > lost) - allowed)
+    ends = np.append(values[1:] > values[:-1], True)[: len(values)]  # equal values stand or fall together
+    sums, values = np.append(0.0, sums[ends]), values[ends]
+    least = int(np.flatnonzero(sums <= sums.min() + 1e-9)[-1])
+    return float(values[least - 1]) if least else None
 
 
 def safe_band(

@@ -30,7 +30,7 @@ def summarise(folder: Path, lines: Sequence[Line], study: Study, *, missing: int
     Returns:
         The Markdown file.
     """
-    found = round_floats(analyse(lines, study) | {"prediction": predict(lines, draws=draws)})
+    found = round_floats(analyse(lines, study) | {"prediction": predict(lines, study, draws=draws)})
     artifacts.write_json(folder / "summary.json", found)
     plots = [path.relative_to(folder) for path in draw_study(folder / "plots", lines, study, found)]
     path = folder / "summary.md"
@@ -219,9 +219,12 @@ def _prediction(found: Mapping[str, Any]) -> list[str]:
     parts = [
         "## Forgetting, predicted",
         f"Spearman's rank correlation of interference with forgetting over the {found['cells']} cells whose texts "
-        "exercise all that is asked; *within*: the mean over arms of each one's own. *Safe below*: the interference up "
-        f"to which no cell, or at most {ALLOWED[-1]:.0%} of them, lost more than {LOST:.0%} of the answers. In "
-        "brackets: 95% intervals over resampled variants.",
+        "exercise all that is asked; *others*: over those of arms that are not confined to a null space; *within*: the "
+        "mean over bases, tasks and arms, each by itself. *Safe below*: the interference before the first cell that "
+        f"lost more than {LOST:.0%} of the answers (*none*), and the one up to which at most {ALLOWED[-1]:.0%} of the "
+        "cells lose so much (by isotonic regression), of all cells, of the arms in a null space and of the others. In "
+        "brackets: 95% intervals over resampled variants. *rms* and *mean* are over all modules that any arm adapts; "
+        "one without an adapter counts as zero.",
     ]
     rows = [[name.replace("_", " "), *_correlation(own)] for name, own in found["aggregates"].items()]
     if rows:
@@ -232,7 +235,7 @@ def _prediction(found: Mapping[str, Any]) -> list[str]:
         parts.append(markdown_table(header, own))
     parts += _settings_tables(found)
     rows = [
-        [piece, _interval(own["spearman"]), _interval(own["kl"]), _interval(own["safe_below"])]
+        [piece, _interval(own["spearman"]), _interval(own["kl"]), _small(own["safe_below"])]
         for piece, own in found["probes"]["by_piece"].items()
     ]
     rows.append(["all together", _interval(found["probes"]["all"]), _interval(found["probes"]["all_kl"]), NONE])
@@ -241,13 +244,17 @@ def _prediction(found: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-CORRELATION = ("across", "within", "safe below: none", f"safe below: {ALLOWED[-1]:.0%}")
+CORRELATION = ("across", "others", "within", "safe below: none", f"{ALLOWED[-1]:.0%}", "in a null space", "others'")
 
 
 def _correlation(own: Mapping[str, Any]) -> list[str]:
     """The cells under ``CORRELATION``."""
-    safe = (_interval(own["safe_below"][f"{allowed:g}"]) for allowed in ALLOWED)
-    return [_interval(own["across"]), _score(own["within_mean"]), *safe]
+    safe = [*own["safe_below"].values(), own["safe_below_in_null_space"], own["safe_below_others"]]
+    return [
+        *(_interval(own[which]) for which in ("across", "across_others")),
+        _score(own["within_mean"]),
+        *map(_small, safe),
+    ]
 
 
 def _settings_tables(found: Mapping[str, Any]) -> list[str]:
@@ -288,6 +295,14 @@ def _settings_tables(found: Mapping[str, Any]) -> list[str]:
 
 def _score(value: float | None) -> str:
     return NONE if value is None else f"{value:.3f}"
+
+
+def _small(found: Mapping[str, Any]) -> str:
+    """As ``_interval``, of values over decades."""
+    value, low, high = found["value"], found["low"], found["high"]
+    if value is None:
+        return NONE
+    return f"{value:.2g}" if low is None else f"{value:.2g} [{low:.2g}, {high:.2g}]"
 
 
 def _interval(found: Mapping[str, Any]) -> str:

@@ -68,11 +68,35 @@ def test_safe_below_ends_before_the_first_loss_or_where_losses_are_few() -> None
     x = np.array([0.1, 0.2, 0.3, 0.4, 0.5])
     y = np.array([0.0, 0.0, 0.5, 0.0, 0.5])
     assert safe_below(x, y, lost=0.01, allowed=0.0) == 0.2
-    assert safe_below(x, y, lost=0.01, allowed=0.25) == 0.4  # one loss in four
+    assert safe_below(x, y, lost=0.01, allowed=0.25) == 0.2
+    assert safe_below(x, y, lost=0.01, allowed=0.5) == 0.4  # one loss in the two that come after
     assert safe_below(x, y, lost=0.6, allowed=0.0) == 0.5
     assert safe_below(x, y - 1 + 2, lost=0.01, allowed=0.0) is None
     # Of two cells with one interference, of which one loses, neither is safe.
     assert safe_below(np.array([0.1, 0.2, 0.2]), np.array([0.0, 0.0, 1.0]), lost=0.01, allowed=0.0) == 0.1
+
+
+def test_safe_below_does_not_depend_on_how_many_harmless_cells_there_are() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0.0, 1.0, 4000)
+    y = (rng.uniform(0.0, 1.0, 4000) < np.clip(x - 0.5, 0.0, 1.0)).astype(float)  # one loss in twenty at 0.55
+    more = np.concatenate([x, rng.uniform(0.0, 0.1, 20000)])
+    alone, many = (safe_below(a, np.append(y, np.zeros(len(a) - len(y))), lost=0.01, allowed=0.05) for a in (x, more))
+    assert alone == many and alone == pytest.approx(0.55, abs=0.04)
+
+
+@given(st.lists(st.tuples(st.integers(0, 8), st.booleans()), min_size=1, max_size=14))
+def test_safe_below_is_isotonic_regressions(pairs: list[tuple[int, bool]]) -> None:
+    """By its other definition: the fit at v is the largest, over starts up to v, of the least mean from there on."""
+    x, y = np.array([float(a) for a, _ in pairs]), np.array([float(b) for _, b in pairs])
+    at = np.unique(x)
+
+    def fit(v: float) -> float:
+        return max(min(y[(x >= a) & (x <= b)].mean() for b in at if b >= v) for a in at if a <= v)
+
+    for allowed in (0.0, 0.3, 0.5):
+        safe = [v for v in at if fit(v) <= allowed + 1e-12]
+        assert safe_below(x, y, lost=0.5, allowed=allowed) == (safe[-1] if safe else None)
 
 
 def test_safe_band_is_the_longest_stretch_in_decades() -> None:
