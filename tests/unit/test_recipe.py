@@ -195,6 +195,30 @@ def test_a_bad_override_is_named(tmp_path: Path, override: str, said: str) -> No
     assert said in complaint(tmp_path, override)
 
 
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("adapter.target_modules=[1]", "adapter.target_modules.0"),
+        ("evaluation.lm_eval={tasks: [a], limit: 0}", "evaluation.lm_eval.limit"),
+        ("evaluation.lm_eval.limit=0", "evaluation.lm_eval.limit"),
+        ("train={learning_rate: x}", "train.learning_rate"),
+        ("train.epochs=1", "train"),
+        ("calibration.sources.facts.wieght=1", "calibration.sources.facts.wieght"),
+    ],
+)
+def test_what_the_command_line_says_is_not_the_recipe_s_fault(tmp_path: Path, override: str, key: str) -> None:
+    said = complaint(tmp_path, override, evaluation={"lm_eval": {"tasks": ["a"]}})
+    assert said.startswith(f"{key}: ") and said.endswith(" (on the command line)")
+
+
+def test_a_key_of_which_an_override_only_shares_the_beginning_is_the_recipe_s(tmp_path: Path) -> None:
+    said = complaint(tmp_path, "train.max_steps=2", "data.path=x", train={"max": 2})
+    assert said.startswith("train.max: unknown key") and "mine.yaml" in said
+    assert complaint(tmp_path, evaluation={"lm_eval": {"tasks": ["a"], "limit": 0}}).startswith(
+        "evaluation.lm_eval.limit: input should be greater than or equal to 1, got 0"
+    )
+
+
 def test_paths_count_from_the_recipe_and_on_the_command_line_from_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +235,11 @@ def test_paths_count_from_the_recipe_and_on_the_command_line_from_here(
     assert recipe.evaluation.adaptation.path == str(tmp_path.parent / "up.jsonl")
     assert recipe.data.path == str(here / "mine.jsonl")
     assert recipe.output_dir == str(here / "o")
+    recipe = load_recipe(
+        write(tmp_path), ["data={path: ~/mine.jsonl}", "calibration.sources={facts: {path: ../facts.jsonl}}"]
+    )
+    assert recipe.data.path == str(Path.home() / "mine.jsonl")
+    assert recipe.calibration.sources["facts"].path == str(tmp_path / "facts.jsonl")
     assert load_recipe(write(tmp_path)).data.path == "some/dataset"
     assert load_recipe(write(tmp_path)).output_dir == "runs/mine"
 
