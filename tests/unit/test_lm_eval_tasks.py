@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from nslora_dist.data import load_tokenizer
 from nslora_dist.errors import UserError
 from nslora_dist.lm_eval_bridge import LmEval
 from nslora_dist.recipe import BaseModelSection, without_volatile
+from nslora_dist.recipe_file import RECIPES
 from nslora_dist.recipe_lm_eval import LmEvalSection
 from nslora_dist.report import write_report
 
@@ -99,6 +101,20 @@ def test_without_lm_eval_it_says_how_to_get_it(base: Path, monkeypatch: pytest.M
 )
 def test_a_task_that_cannot_be_run_is_named(base: Path, tasks: Path, names: list[str], said: str) -> None:
     assert said in complaint(base, *names, include_path=str(tasks))
+
+
+@needs_lm_eval
+def test_no_shipped_recipe_runs_programs_unasked() -> None:
+    """Looked up in the text of lm-eval's files, for its own index takes a minute to read."""
+    import lm_eval.tasks
+
+    files = [path.read_text(encoding="utf-8") for path in Path(lm_eval.tasks.__file__).parent.rglob("*.yaml")]
+    unsafe = [re.findall(r"^task: *(\S+)", text, re.MULTILINE) for text in files if "unsafe_code: true" in text]
+    names = {name for found in unsafe for name in found}
+    assert {"humaneval", "mbpp"} <= names
+    for path in RECIPES.glob("*.yaml"):
+        section = yaml.safe_load(path.read_text()).get("evaluation", {}).get("lm_eval") or {}
+        assert section.get("allow_code_execution") or not names & set(section.get("tasks", ())), path.stem
 
 
 @needs_lm_eval
