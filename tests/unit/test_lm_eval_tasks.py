@@ -124,6 +124,23 @@ def test_programs_run_where_the_recipe_gives_leave(base: Path, tasks: Path) -> N
 
 
 @needs_lm_eval
+def test_what_a_base_says_of_generation_and_is_not_applied_is_named(
+    tasks: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = make_base(tmp_path / "own")
+    common: dict[str, Any] = {"tasks": ("toy_plain",), "include_path": str(tasks)}
+    file = own / "generation_config.json"
+    neutral = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "do_sample": True, "top_p": 0.9}
+    file.write_text(json.dumps(neutral | {"eos_token_id": 1}))
+    loaded(own, **common)
+    assert "generation settings" not in caplog.text
+    file.write_text(json.dumps(neutral | {"repetition_penalty": 1.2, "forced_bos_token_id": 0}))
+    loaded(own, **common)
+    (said,) = [record.getMessage() for record in caplog.records if "generation settings" in record.getMessage()]
+    assert "have repetition_penalty=1.2, forced_bos_token_id=0; " in said and "the figures of toy_plain" in said
+
+
+@needs_lm_eval
 def test_the_folder_of_tasks_has_to_be_there(base: Path) -> None:
     assert "include_path nowhere: no such folder" in complaint(base, "toy", include_path="nowhere")
 
