@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -29,8 +30,9 @@ def explain(error: ValidationError, root: type[BaseModel], *, origin: str = "", 
     location = first["loc"]
     if location[-1:] == ("[key]",) and first["type"] != "extra_forbidden":
         location = location[:-1]  # a name that is no good: the name itself
+    location = _as_written(root, location)
     key = ".".join(str(part) for part in location)
-    source = "on the command line" if any(key and (key == o or o.startswith(key)) for o in overridden) else origin
+    source = "on the command line" if any(_meet(key, o) for o in overridden) else origin
     where = f" ({source})" if source else ""
     if first["type"] == "extra_forbidden":
         known = _known_keys(root, location)
@@ -45,21 +47,56 @@ def explain(error: ValidationError, root: type[BaseModel], *, origin: str = "", 
     return f"{key}: {message}, got {_short(first['input'])}{where}"
 
 
-def _known_keys(root: type[BaseModel], location: Sequence[str | int]) -> list[str]:
-    """The keys allowed in the section that ``location``'s last part stands in."""
+def _meet(key: str, other: str) -> bool:
+    """Whether one of two dotted keys is the other, or stands in it; the empty one is nobody's."""
+    return bool(key) and (f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}."))
+
+
+def _as_written(root: type[BaseModel], location: Sequence[str | int]) -> tuple[str | int, ...]:
+    """A location without pydantic's own names of the members of a union."""
+    kinds: list[Any] = [root]
+    parts: list[str | int] = []
+    for part in location:
+        if len(kinds) > 1:  # int | float: it says which of them was tried
+            kinds = []
+        else:
+            parts.append(part)
+            kinds = _inside(kinds, part)
+    return tuple(parts)
+
+
+def _inside(kinds: Sequence[Any], part: str | int) -> list[Any]:
+    """What a part of a value may be, None left out, where the value is of one known kind."""
+    if len(kinds) != 1:
+        return []
+    fields, arguments = _fields(kinds[0]), get_args(kinds[0])
+    if fields:
+        return _members(fields[str(part)].annotation) if part in fields else []
+    if not arguments:
+        return []
+    return _members(arguments[-1] if get_origin(kinds[0]) is dict else arguments[0])
+
+
+def _members(kind: Any) -> list[Any]:
+    if get_origin(kind) is Annotated:
+        return _members(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return [member for argument in get_args(kind) for member in _members(argument) if member is not NoneType]
+    return [kind]
+
+
+def _fields(kind: Any) -> dict[str, Any]:
     from pydantic import BaseModel  # a GPU benchmark runs where there is none
 
-    model: Any = root
+    return dict(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
+
+
+def _known_keys(root: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    """The keys allowed in the section that ``location``'s last part stands in."""
+    kinds: list[Any] = [root]
     for part in location[:-1]:
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            model = model.model_fields[str(part)].annotation if part in model.model_fields else None
-        else:  # a mapping of named entries: its values' type
-            inner = [a for a in getattr(model, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)]
-            model = inner[0] if inner else None
-        for argument in getattr(model, "__args__", ()):  # Section | None
-            if isinstance(argument, type) and issubclass(argument, BaseModel) and type(None) in model.__args__:
-                model = argument
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+        kinds = _inside(kinds, part)
+    return list(_fields(kinds[0])) if len(kinds) == 1 else []
 
 
 def _short(value: Any) -> str:

@@ -20,12 +20,11 @@ from nslora_dist.calibration import store
 from nslora_dist.calibration.grams import add_gram, mirror
 from nslora_dist.calibration.store import MIXTURE, NullSpace
 from nslora_dist.errors import UserError
-from nslora_dist.explain import nearest
+from nslora_dist.live_model import evaluating, linears_of
 from nslora_dist.null_space import leak, null_basis, pack_triangle, projected_init, random_leak, unpack_triangle
 
 HELD_INPUTS = 8
 """Latest distinct inputs among which a linear's is looked for: a block's linears come close together."""
-PEFT_PREFIX = "base_model.model."
 
 
 @dataclass
@@ -76,7 +75,8 @@ def calibrate(
             or a loader, no generator. Tokens whose ``attention_mask`` is 0 are left out.
         rank: r of the adapters to come.
         folder: where rank 0 writes the artifact that ``init_peft`` reads; nothing is written where left out.
-        target_modules: last parts of module names, as in PEFT; every linear but the output embedding where left out.
+        target_modules: last parts of ``nn.Linear``s' names, as in PEFT; every one but the output embedding where left
+            out.
         a_init: ``projected`` reads every weight inside a forward pass, ``orthonormal`` none.
         method: of the eigensolver.
         gram_bytes: Grams held at once, on the device: more groups than fit take further passes over the batches.
@@ -85,17 +85,16 @@ def calibrate(
         The null space; tensors on rank 0 alone.
 
     Raises:
-        UserError: no such target, a rank above a width, batches that cannot be gone through twice, activations that
-            are not finite, or a folder that exists.
+        UserError: no such target, no ``nn.Linear`` that runs, a rank above a width, batches that cannot be gone through
+            twice, activations that are not finite, or a folder that exists.
     """
-    if isinstance(batches, Iterator):
-        raise UserError("calibrate: batches is a generator, which ends after one pass; give a list or a DataLoader")
-    if folder is not None and (Path(folder).exists() or Path(folder).is_symlink()):
-        raise UserError(f"calibrate: {folder} exists already; give a new folder")
-    linears = _linears(model, target_modules)
-    training = model.training
-    model.eval()
-    try:
+    with dist.together("looking at what is to be calibrated"):
+        if isinstance(batches, Iterator):
+            raise UserError("calibrate: batches is a generator, which ends after one pass; give a list or a DataLoader")
+        if folder is not None and dist.is_main() and (Path(folder).exists() or Path(folder).is_symlink()):
+            raise UserError(f"calibrate: {folder} exists already; give a new folder")
+        linears = linears_of(model, target_modules)
+    with evaluating(model):
         groups = _groups(model, linears, batches)
         for group in groups:
             if rank > group.width:
@@ -133,10 +132,6 @@ def calibrate(
                     }
         if a_init == "projected":
             tensors |= {f"{name}.mix": mix.cpu() for name, mix in _mixes(model, groups, bases, batches).items()}
-    finally:
-        model.train(training)
-        # DeepSpeed leaves parameters in flight that it fetched for a pass which did not come.
-        getattr(model, "empty_partition_cache", lambda: None)()
     manifest["key"] = artifacts.hash_json(manifest)  # energies and leaks tell calibrations apart
     null_space = NullSpace(manifest=manifest, tensors=tensors if dist.is_main() else {})
     if folder is not None:
@@ -144,36 +139,6 @@ def calibrate(
             if dist.is_main():
                 store.save(Path(folder), null_space)
     return null_space
-
-
-def bare_name(name: str) -> str:
-    """A module's name in the bare Hugging Face model, of its name in there or in PEFT's model around it."""
-    return name.removeprefix(PEFT_PREFIX).removesuffix(".base_layer")
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    """The model inside DeepSpeed's engine or DistributedDataParallel, which keep it as ``module``."""
-    inner = getattr(model, "module", None)
-    return inner if isinstance(inner, nn.Module) else model
-
-
-def _linears(model: nn.Module, targets: Sequence[str] | None) -> dict[str, nn.Linear]:
-    """The base's linears by their bare names; adapters' own are none."""
-    head = getattr(_bare(model), "get_output_embeddings", lambda: None)()
-    found = {
-        bare_name(name): module
-        for name, module in _bare(model).named_modules()
-        if isinstance(module, nn.Linear) and ".lora_" not in name and "modules_to_save" not in name
-    }
-    if targets is None:
-        return {name: module for name, module in found.items() if module is not head}
-    known = sorted({name.rsplit(".", 1)[-1] for name in found})
-    for target in targets:
-        if target not in known:
-            raise UserError(
-                f"calibrate: the model has no linear '{target}'{nearest(target, known)}; it has {', '.join(known)}"
-            )
-    return {name: module for name, module in found.items() if name.rsplit(".", 1)[-1] in targets}
 
 
 def _run(model: nn.Module, batch: Any) -> None:
@@ -223,6 +188,11 @@ def _groups(model: nn.Module, linears: dict[str, nn.Linear], batches: Iterable[A
     finally:
         for handle in hooks:
             handle.remove()
+    if not groups:
+        raise UserError(
+            f"calibrate: the first batch ran through none of the {len(linears)} linears chosen ({next(iter(linears))}, "
+            "...); choose target_modules that the model's forward pass calls"
+        )
     return groups
 
 
@@ -243,10 +213,10 @@ def _hooked(groups: Sequence[Group], mask: list[Tensor | None]) -> Iterator[None
     """Sums inputs and products of the groups' linears while open; ``mask`` holds the current batch's."""
 
     def tokens(x: Tensor) -> Tensor:
-        real = mask[0]
-        if real is not None and x.dim() == 3 and x.shape[:2] == real.shape:
-            return x[real.to(x.device)]
-        return x.reshape(-1, x.shape[-1])
+        real, rows = mask[0], x.reshape(-1, x.shape[-1])
+        if real is not None and x.shape[:-1] in (real.shape, (real.numel(),)):  # (b, s, d), or (b * s, d) as in OPT
+            return rows[real.flatten().to(x.device)]
+        return rows
 
     def energy(x: Tensor) -> Tensor:
         return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).double().square().sum()

@@ -22,7 +22,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from nslora_dist import artifacts, dist
 from nslora_dist.engines import Engine
 from nslora_dist.errors import UserError
-from nslora_dist.lm_eval_tasks import load_tasks
+from nslora_dist.lm_eval_tasks import load_tasks, warn_of_settings
 from nslora_dist.recipe_lm_eval import LmEvalSection
 from nslora_dist.scoring import continuations, log_likelihoods
 
@@ -54,9 +54,11 @@ class LmEval:
         self.tasks: Mapping[str, Any] = {}
         found = ""
         with dist.together("loading lm-eval's tasks"):
-            self.ends = _end_tokens(base, tokenizer)
+            generation = _generation(base)
+            self.ends = _end_tokens(generation, tokenizer)
             if dist.is_main():
                 self.tasks = load_tasks(section, most=_max_length(base, tokenizer))
+                warn_of_settings(generation, self.tasks["tasks"])
                 found = _hash(section)
         self.hash = str(dist.share(found))
 
@@ -235,13 +237,17 @@ def _max_length(base: Path, tokenizer: PreTrainedTokenizerBase) -> Callable[[], 
     return found
 
 
-def _end_tokens(base: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end an answer: the tokenizer's, and those of ``generation_config.json`` or the model's config."""
+def _generation(base: Path) -> GenerationConfig:
+    """What the base says of generation: in ``generation_config.json``, else in the model's config."""
     try:
-        settings: Any = GenerationConfig.from_pretrained(base)
+        return GenerationConfig.from_pretrained(base)
     except OSError:
-        settings = _config(base)
-    named = getattr(settings, "eos_token_id", None)
+        return GenerationConfig.from_model_config(_config(base))
+
+
+def _end_tokens(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end an answer: the tokenizer's and the base's."""
+    named: Any = generation.eos_token_id
     listed = named if isinstance(named, list) else [named]
     return {int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None}
 

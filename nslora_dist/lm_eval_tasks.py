@@ -10,6 +10,7 @@ from typing import Any
 from nslora_dist.errors import UserError
 from nslora_dist.recipe_lm_eval import LmEvalSection
 
+log = logging.getLogger("nslora_dist")
 KINDS = ("loglikelihood", "multiple_choice", "loglikelihood_rolling", "generate_until")
 GREEDY = {
     *("until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"),
@@ -17,6 +18,15 @@ GREEDY = {
 }
 """What a task may say of generation that greedy decoding obeys, or that has no meaning for it."""
 DEFAULT_NEW_TOKENS = 256
+NEUTRAL: dict[str, Any] = {
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "guidance_scale", "num_beams"), 1),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), 0),
+    **dict.fromkeys(("penalty_alpha", "token_healing"), 0),
+    **dict.fromkeys(("sequence_bias", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens")),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty")),
+    **dict.fromkeys(("watermarking_config", "dola_layers", "max_new_tokens", "max_time", "stop_strings")),
+}
+"""What else of a ``generation_config.json`` changes transformers' answers without sampling → where it does not."""
 
 
 def load_tasks(section: LmEvalSection, *, most: Callable[[], int]) -> Mapping[str, Any]:
@@ -156,6 +166,20 @@ def _check(name: str, task: Any, section: LmEvalSection, most: Callable[[], int]
         raise UserError(
             f"evaluation.lm_eval.tasks: {name} generates up to {new} tokens, and the model takes {most()} in all; set "
             "generation_kwargs.max_gen_toks lower in a copy of its file in evaluation.lm_eval.include_path"
+        )
+
+
+def warn_of_settings(generation: Any, tasks: Mapping[str, Any]) -> None:
+    """Names what lm-eval's own model would take over from the base into its answers, through ``generate``."""
+    found = {key: getattr(generation, key, None) for key in NEUTRAL}
+    kept = [f"{key}={value!r}" for key, value in found.items() if value not in (None, NEUTRAL[key], [])]
+    asked = [name for name, task in tasks.items() if task.OUTPUT_TYPE == "generate_until"]
+    if kept and asked:
+        log.warning(
+            "evaluation.lm_eval: the base's generation settings (generation_config.json) have %s; answers are decoded "
+            "without that here, so that the figures of %s may not be those of lm_eval --model hf",
+            ", ".join(kept),
+            ", ".join(asked),
         )
 
 

@@ -11,7 +11,7 @@ from nslora_dist import dist
 from nslora_dist.calibration import store
 from nslora_dist.calibration.store import NullSpace
 from nslora_dist.errors import UserError
-from nslora_dist.live_calibration import bare_name
+from nslora_dist.live_model import bare, bare_name
 from nslora_dist.null_space import interference
 
 
@@ -24,7 +24,7 @@ def init_peft(
     partitioned by ZeRO-3 or sharded by FSDP2; the base may be in any number of bits, for it is not touched.
 
     Args:
-        model: PEFT's, around the base that was calibrated.
+        model: PEFT's, around the base that was calibrated, or a DeepSpeed engine or DistributedDataParallel around it.
         null_space_folder: what ``calibrate`` or ``launch/calibrate.py`` wrote.
         adapter_name: PEFT's name of the adapter.
 
@@ -35,10 +35,7 @@ def init_peft(
         UserError: no LoRA layers, DoRA, an initialisation that rewrites the base, a layer that was not calibrated, or a
             rank other than the null space's; on every rank.
     """
-    null_space = _read(Path(null_space_folder))
-    layers = _lora_layers(model, adapter_name)
-    with dist.together("starting the adapter"):
-        _check(model, layers, null_space, adapter_name, Path(null_space_folder))
+    null_space, layers = _fitting(model, Path(null_space_folder), adapter_name, caller="init_peft")
     some = next(iter(layers.values())).lora_A[adapter_name].weight
     for name, start in null_space.starts(layers, device=some.device):
         a = layers[name].lora_A[adapter_name].weight
@@ -54,11 +51,20 @@ def peft_interference(
 ) -> dict[str, dict[str, float]]:
     """How much a model started by ``init_peft`` disturbs what was calibrated on, at any time (METHODS.md §1c).
 
+    Collective where a process group runs.
+
+    Args:
+        model: PEFT's, or what it was wrapped in for training: a DeepSpeed engine, DistributedDataParallel.
+        null_space_folder: the one that ``init_peft`` was given.
+        adapter_name: PEFT's name of the adapter.
+
     Returns:
         Source or probe → module → ‖ΔW X‖_F / ‖W X‖_F on the calibration's activations.
+
+    Raises:
+        UserError: no LoRA layers, or a null space that is not theirs; on every rank.
     """
-    null_space = _read(Path(null_space_folder))
-    layers = _lora_layers(model, adapter_name)
+    null_space, layers = _fitting(model, Path(null_space_folder), adapter_name, caller="peft_interference")
     found: dict[str, dict[str, float]] = {}
     some = next(iter(layers.values())).lora_A[adapter_name].weight
     for name, start in null_space.starts(layers, device=some.device):
@@ -76,6 +82,19 @@ def _read(folder: Path) -> NullSpace:
     return found if found is not None else NullSpace(manifest=manifest, tensors={})  # type: ignore[arg-type]
 
 
+def _fitting(model: nn.Module, folder: Path, adapter: str, *, caller: str) -> tuple[NullSpace, dict[str, Any]]:
+    """The null space and the LoRA layers that it fits, by their names in the bare model."""
+    null_space = _read(folder)
+    layers: dict[str, Any] = {}
+    with dist.together("looking at the adapter"):
+        try:
+            layers = _lora_layers(bare(model), adapter)
+            _check(bare(model), layers, null_space, adapter, folder)
+        except UserError as error:
+            raise UserError(f"{caller}: {error}") from error
+    return null_space, layers
+
+
 def _lora_layers(model: nn.Module, adapter: str) -> dict[str, Any]:
     layers = {
         bare_name(name): module
@@ -84,7 +103,7 @@ def _lora_layers(model: nn.Module, adapter: str) -> dict[str, Any]:
     }
     if not layers:
         raise UserError(
-            f"init_peft: {type(model).__name__} has no LoRA layers of an adapter named '{adapter}'; "
+            f"{type(model).__name__} has no LoRA layers of an adapter named '{adapter}'; "
             "make one with peft.get_peft_model first"
         )
     return layers
@@ -93,30 +112,28 @@ def _lora_layers(model: nn.Module, adapter: str) -> dict[str, Any]:
 def _check(model: nn.Module, layers: dict[str, Any], null_space: NullSpace, adapter: str, folder: Path) -> None:
     config = getattr(model, "peft_config", {}).get(adapter)
     if getattr(config, "use_dora", False):
-        raise UserError("init_peft: the adapter is DoRA, whose magnitudes rescale the base; use plain LoRA")
+        raise UserError("the adapter is DoRA, whose magnitudes rescale the base; use plain LoRA")
     start = getattr(config, "init_lora_weights", True)
     if start not in (True, False, "gaussian"):
-        raise UserError(
-            f"init_peft: init_lora_weights={start!r} has rewritten the base's weights; make the adapter with True"
-        )
+        raise UserError(f"init_lora_weights={start!r} has rewritten the base's weights; make the adapter with True")
     manifest = null_space.manifest
     rank = manifest["settings"]["rank"]
     if manifest["settings"]["form"] != "delta":
-        raise UserError(f"init_peft: {folder} is for the residual form; calibrate with adapter.form=delta")
+        raise UserError(f"{folder} is for the residual form; calibrate with adapter.form=delta")
     for name, layer in layers.items():
         if name not in manifest["modules"]:
             raise UserError(
-                f"init_peft: {name} has an adapter and was not calibrated ({folder}); calibrate with it among "
+                f"{name} has an adapter and was not calibrated ({folder}); calibrate with it among "
                 "target_modules, or leave it out of the adapter's"
             )
         if layer.r[adapter] != rank:
             raise UserError(
-                f"init_peft: {name} has rank {layer.r[adapter]}, the null space {folder} has {rank}; give both the same"
+                f"{name} has rank {layer.r[adapter]}, the null space {folder} has {rank}; give both the same"
             )
         width = manifest["groups"][manifest["modules"][name]["group"]]["in_features"]
         found = _shape(layer.lora_A[adapter].weight)
         if found != (rank, width):
-            raise UserError(f"init_peft: {name}'s lora_A is {found}, the null space {folder} fits {(rank, width)}")
+            raise UserError(f"{name}'s lora_A is {found}, the null space {folder} fits {(rank, width)}")
 
 
 def _shape(parameter: Tensor) -> tuple[int, ...]:

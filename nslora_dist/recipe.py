@@ -323,6 +323,20 @@ def _without(tree: dict[str, Any], paths: list[tuple[str, ...]]) -> dict[str, An
     }
 
 
+def zero_settings(recipe: Recipe) -> dict[str, Any]:
+    """What DeepSpeed's config is on any number of ranks, whatever ``engine.config`` says."""
+    return {
+        "train_batch_size": recipe.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
+        "gradient_clipping": recipe.train.max_grad_norm,
+        "bf16": {"enabled": recipe.base_model.dtype == "bfloat16"},
+        # Gradients are summed over micro-batches and ranks in float32, as FSDP2's are.
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+    }
+
+
 def check_zero_config(recipe: Recipe) -> dict[str, Any]:
     """The ZeRO knobs of ``engine.config``.
 
@@ -330,14 +344,5 @@ def check_zero_config(recipe: Recipe) -> dict[str, Any]:
         ValueError: it cannot be read, or contradicts the recipe.
     """
     assert recipe.engine.config is not None
-    return read_zero_config(
-        recipe.engine.config,
-        {
-            "train_batch_size": recipe.train.global_batch_size,
-            "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
-            "gradient_clipping": recipe.train.max_grad_norm,
-            "bf16.enabled": recipe.base_model.dtype == "bfloat16",
-            "fp16.enabled": False,
-            "zero_optimization.stage": 3,
-        },
-    )
+    whole = zero_settings(recipe) | {"fp16.enabled": False, "zero_optimization.stage": 3}
+    return read_zero_config(recipe.engine.config, whole)

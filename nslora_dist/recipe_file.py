@@ -102,4 +102,6 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
             raise UserError(f"'{override}': {'.'.join(parts[:depth])} is a value, not a section")
-    tree[parts[-1]] = _resolve_path(parts[-1], value, Path.cwd())
+    given = {parts[-1]: value}
+    _resolve_paths(given, Path.cwd())
+    tree |= given

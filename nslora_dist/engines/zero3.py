@@ -13,7 +13,7 @@ from nslora_dist import dist
 from nslora_dist.data import Batch
 from nslora_dist.engines.base import MOMENTS, Job, Shard, make_optimizer, prepare, trained_by_name, whole_moments
 from nslora_dist.errors import UserError
-from nslora_dist.recipe import Recipe, check_zero_config
+from nslora_dist.recipe import Recipe, check_zero_config, zero_settings
 
 # DeepSpeed logs dozens of lines per rank at INFO; a person running a recipe needs its warnings.
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
@@ -42,20 +42,15 @@ class _PartitionLocally(Init):
 def deepspeed_config(recipe: Recipe, *, world_size: int) -> dict[str, Any]:
     """The whole DeepSpeed config: ZeRO knobs from ``engine.config``, everything else from the recipe."""
     settings = {} if recipe.engine.config is None else check_zero_config(recipe)
-    bf16 = recipe.base_model.dtype == "bfloat16"
-    return settings | {
-        "train_batch_size": recipe.train.global_batch_size,
-        "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
-        "gradient_accumulation_steps": recipe.train.accumulation(world_size),
-        "gradient_clipping": recipe.train.max_grad_norm,
-        "bf16": {"enabled": bf16},
-        # Gradients are summed over micro-batches and ranks in float32, as FSDP2's are.
-        "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": settings.get("zero_optimization", {}) | {"stage": 3},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**31,
-    }
+    return (
+        settings
+        | zero_settings(recipe)
+        | {
+            "gradient_accumulation_steps": recipe.train.accumulation(world_size),
+            "zero_optimization": settings.get("zero_optimization", {}) | {"stage": 3},
+            "steps_per_print": 2**31,
+        }
+    )
 
 
 def _run(parameter: Any) -> tuple[int, int]:

@@ -92,6 +92,21 @@ def test_sharded_calibration_is_the_whole_models(tmp_path: Path, a_init: str) ->
             assert torch.allclose(ours[name].a.T @ ours[name].a, theirs[name].a.T @ theirs[name].a, atol=1e-3), name
 
 
+def refused(folder: Path) -> str:
+    """What a rank is told of a folder that rank 0 alone finds."""
+    import nslora_dist
+    from nslora_dist import dist
+    from nslora_dist.errors import UserError
+
+    with pytest.raises(UserError) as caught:
+        nslora_dist.calibrate(make(), texts(), rank=RANK, folder=folder if dist.is_main() else folder / "none")
+    return str(caught.value)
+
+
+def test_a_folder_that_exists_ends_every_rank(tmp_path: Path) -> None:
+    assert all("exists already" in said for said in run_ranks(refused, 2, tmp_path, timeout=120.0))
+
+
 def start_live(kind: str, folder: Path, base: Path) -> dict[str, Any]:
     """A sharded PEFT model, started; whole factors, which of them train, and whether the function is the base's."""
     import nslora_dist
@@ -109,13 +124,13 @@ def start_live(kind: str, folder: Path, base: Path) -> dict[str, Any]:
     before = model(input_ids=ids).logits.detach()
     peft = adapted(model).eval()
     called, inner = shard(peft, kind)
-    layers = nslora_dist.init_peft(inner, folder)
+    layers = nslora_dist.init_peft(called, folder)
     factors = {name: whole(layer.lora_A["default"].weight).float() for name, layer in layers.items()}
     zero = all(not whole(layer.lora_B["default"].weight).any() for layer in layers.values())
     trains = {n.rsplit(".", 3)[1] for n, p in inner.named_parameters() if p.requires_grad}
     with torch.no_grad():
         after = called(input_ids=ids).logits
-    found = nslora_dist.peft_interference(inner, folder)["calibration"]
+    found = nslora_dist.peft_interference(called, folder)["calibration"]
     return {
         "factors": {name: as_bytes(value) for name, value in factors.items()},
         "zero": zero,

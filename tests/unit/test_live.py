@@ -11,8 +11,12 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -50,6 +54,17 @@ def vit() -> tuple[nn.Module, list[dict[str, Tensor]], list[str]]:
 def llama() -> tuple[nn.Module, list[dict[str, Tensor]], list[str]]:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=99, **SMALL))
     return model, [{"input_ids": torch.randint(0, 99, (2, 40))} for _ in range(4)], ["q_proj", "k_proj", "v_proj"]
+
+
+class Wrapper(nn.Module):
+    """Keeps a model as DistributedDataParallel and DeepSpeed's engine do."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **batch: Tensor) -> Any:
+        return self.module(**batch)
 
 
 MODELS = {"bert": bert, "vit": vit, "llama": llama}
@@ -123,6 +138,7 @@ def test_peft_model_starts_there_and_tells_what_it_disturbs(tmp_path: Path) -> N
         for layer in layers.values():
             layer.lora_B["default"].weight.normal_()
     found = nslora_dist.peft_interference(peft, folder)["calibration"]
+    assert nslora_dist.peft_interference(Wrapper(peft), folder)["calibration"] == found
     for name, layer in layers.items():
         a, b = (side["default"].weight.detach().double() for side in (layer.lora_A, layer.lora_B))
         if ".layers.0." in name:  # later ones read what the adapter has changed
@@ -150,6 +166,69 @@ def test_what_does_not_fit_is_said(config: dict[str, Any], said: str, tmp_path: 
     with pytest.raises(UserError, match=said):
         nslora_dist.init_peft(peft, tmp_path / "n")
     assert all(torch.equal(p, before[name]) for name, p in peft.named_parameters())
+
+
+def test_a_null_space_of_other_layers_is_named(tmp_path: Path) -> None:
+    model, batches, targets = llama()
+    nslora_dist.calibrate(model, batches, rank=6, folder=tmp_path / "mine", target_modules=targets)
+    nslora_dist.calibrate(model, batches, rank=6, folder=tmp_path / "other", target_modules=["up_proj"])
+    peft = Wrapper(get_peft_model(model, LoraConfig(r=6, target_modules=targets)))
+    nslora_dist.init_peft(peft, tmp_path / "mine")
+    with pytest.raises(UserError, match="^peft_interference: .*q_proj has an adapter and was not calibrated .*other"):
+        nslora_dist.peft_interference(peft, tmp_path / "other")
+
+
+def test_padding_is_not_counted_where_the_model_flattens_its_tokens() -> None:
+    """OPT gives its MLP (batch · sequence, d)."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "word_embed_proj_dim": 32, "num_hidden_layers": 1}
+    model = OPTForCausalLM(OPTConfig(vocab_size=50, num_attention_heads=2, max_position_embeddings=64, **sizes))
+    ids = torch.randint(4, 50, (6, 20))
+
+    def padded(pad: int, more: int) -> Any:
+        batches = []
+        for row, length in zip(ids, (20, 9, 14, 20, 5, 17), strict=True):
+            width = 20 + more
+            kept = torch.arange(width) < length
+            text = torch.where(kept, torch.nn.functional.pad(row, (0, more)), pad)
+            batches.append({"input_ids": text[None], "attention_mask": kept.long()[None]})
+        return nslora_dist.calibrate(model, batches, rank=4, target_modules=["q_proj", "fc1", "fc2"])
+
+    one, other = padded(1, 0), padded(3, 7)
+    for name, group in one.manifest["groups"].items():
+        eigenvalues = one.tensors[f"{name}.eigenvalues"]
+        assert torch.allclose(eigenvalues, other.tensors[f"{name}.eigenvalues"], rtol=1e-3, atol=1e-5)
+        for module in group["modules"]:
+            energy = one.manifest["modules"][module]["references"]
+            assert energy == pytest.approx(other.manifest["modules"][module]["references"], rel=1e-5)
+
+
+def test_each_module_keeps_its_own_mode() -> None:
+    model, batches, targets = llama()
+    model.train()
+    model.get_submodule("model.layers.0").eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    nslora_dist.calibrate(model, batches, rank=6, target_modules=targets)
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_a_model_without_linears_is_refused(tmp_path: Path) -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0))
+    batches = [{"input_ids": torch.randint(0, 50, (2, 9))}]
+    with pytest.raises(UserError, match=r"GPT2LMHeadModel has no nn\.Linear .* its layers are Conv1D"):
+        nslora_dist.calibrate(model, batches, rank=3, folder=tmp_path / "n")
+    with pytest.raises(UserError, match=r"no linear 'c_attn'.* its layers are Conv1D"):
+        nslora_dist.calibrate(model, batches, rank=3, folder=tmp_path / "n", target_modules=["c_attn"])
+    assert not (tmp_path / "n").exists()
+
+
+def test_linears_that_do_not_run_are_named() -> None:
+    model, batches, _ = llama()
+    model.add_module("idle", nn.Linear(4, 4))
+    with pytest.raises(UserError, match=r"through none of the 1 linears chosen \(idle, "):
+        nslora_dist.calibrate(model, batches, rank=3, target_modules=["idle"])
+    with pytest.raises(UserError, match="target_modules is empty"):
+        nslora_dist.calibrate(model, batches, rank=3, target_modules=[])
 
 
 def test_bad_input(tmp_path: Path) -> None:

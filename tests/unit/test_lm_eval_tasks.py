@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from nslora_dist.data import load_tokenizer
 from nslora_dist.errors import UserError
 from nslora_dist.lm_eval_bridge import LmEval
 from nslora_dist.recipe import BaseModelSection, without_volatile
+from nslora_dist.recipe_file import RECIPES
 from nslora_dist.recipe_lm_eval import LmEvalSection
 from nslora_dist.report import write_report
 
@@ -102,9 +104,40 @@ def test_a_task_that_cannot_be_run_is_named(base: Path, tasks: Path, names: list
 
 
 @needs_lm_eval
+def test_no_shipped_recipe_runs_programs_unasked() -> None:
+    """Looked up in the text of lm-eval's files, for its own index takes a minute to read."""
+    import lm_eval.tasks
+
+    files = [path.read_text(encoding="utf-8") for path in Path(lm_eval.tasks.__file__).parent.rglob("*.yaml")]
+    unsafe = [re.findall(r"^task: *(\S+)", text, re.MULTILINE) for text in files if "unsafe_code: true" in text]
+    names = {name for found in unsafe for name in found}
+    assert {"humaneval", "mbpp"} <= names
+    for path in RECIPES.glob("*.yaml"):
+        section = yaml.safe_load(path.read_text()).get("evaluation", {}).get("lm_eval") or {}
+        assert section.get("allow_code_execution") or not names & set(section.get("tasks", ())), path.stem
+
+
+@needs_lm_eval
 def test_programs_run_where_the_recipe_gives_leave(base: Path, tasks: Path) -> None:
     found = loaded(base, tasks=("toy_code",), include_path=str(tasks), allow_code_execution=True)
     assert list(found.tasks["tasks"]) == ["toy_code"]
+
+
+@needs_lm_eval
+def test_what_a_base_says_of_generation_and_is_not_applied_is_named(
+    tasks: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = make_base(tmp_path / "own")
+    common: dict[str, Any] = {"tasks": ("toy_plain",), "include_path": str(tasks)}
+    file = own / "generation_config.json"
+    neutral = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "do_sample": True, "top_p": 0.9}
+    file.write_text(json.dumps(neutral | {"eos_token_id": 1}))
+    loaded(own, **common)
+    assert "generation settings" not in caplog.text
+    file.write_text(json.dumps(neutral | {"repetition_penalty": 1.2, "forced_bos_token_id": 0}))
+    loaded(own, **common)
+    (said,) = [record.getMessage() for record in caplog.records if "generation settings" in record.getMessage()]
+    assert "have repetition_penalty=1.2, forced_bos_token_id=0; " in said and "the figures of toy_plain" in said
 
 
 @needs_lm_eval

@@ -195,6 +195,30 @@ def test_a_bad_override_is_named(tmp_path: Path, override: str, said: str) -> No
     assert said in complaint(tmp_path, override)
 
 
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("adapter.target_modules=[1]", "adapter.target_modules.0"),
+        ("evaluation.lm_eval={tasks: [a], limit: 0}", "evaluation.lm_eval.limit"),
+        ("evaluation.lm_eval.limit=0", "evaluation.lm_eval.limit"),
+        ("train={learning_rate: x}", "train.learning_rate"),
+        ("train.epochs=1", "train"),
+        ("calibration.sources.facts.wieght=1", "calibration.sources.facts.wieght"),
+    ],
+)
+def test_what_the_command_line_says_is_not_the_recipe_s_fault(tmp_path: Path, override: str, key: str) -> None:
+    said = complaint(tmp_path, override, evaluation={"lm_eval": {"tasks": ["a"]}})
+    assert said.startswith(f"{key}: ") and said.endswith(" (on the command line)")
+
+
+def test_a_key_of_which_an_override_only_shares_the_beginning_is_the_recipe_s(tmp_path: Path) -> None:
+    said = complaint(tmp_path, "train.max_steps=2", "data.path=x", train={"max": 2})
+    assert said.startswith("train.max: unknown key") and "mine.yaml" in said
+    assert complaint(tmp_path, evaluation={"lm_eval": {"tasks": ["a"], "limit": 0}}).startswith(
+        "evaluation.lm_eval.limit: input should be greater than or equal to 1, got 0"
+    )
+
+
 def test_paths_count_from_the_recipe_and_on_the_command_line_from_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +235,11 @@ def test_paths_count_from_the_recipe_and_on_the_command_line_from_here(
     assert recipe.evaluation.adaptation.path == str(tmp_path.parent / "up.jsonl")
     assert recipe.data.path == str(here / "mine.jsonl")
     assert recipe.output_dir == str(here / "o")
+    recipe = load_recipe(
+        write(tmp_path), ["data={path: ~/mine.jsonl}", "calibration.sources={facts: {path: ../facts.jsonl}}"]
+    )
+    assert recipe.data.path == str(Path.home() / "mine.jsonl")
+    assert recipe.calibration.sources["facts"].path == str(tmp_path / "facts.jsonl")
     assert load_recipe(write(tmp_path)).data.path == "some/dataset"
     assert load_recipe(write(tmp_path)).output_dir == "runs/mine"
 
@@ -241,12 +270,47 @@ def test_broken_yaml_is_one_line(tmp_path: Path, text: str) -> None:
         ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage is 2, the recipe says 3"),
         ({"optimizer": {"type": "Adam"}}, "'optimizer' is set by the recipe's train section"),
         ({"gradient_accumulation_steps": 4}, "'gradient_accumulation_steps' is set by the recipe's train section"),
+        ({"steps_per_print": 10}, "'steps_per_print' is set by the recipe's train section (train.log_every)"),
+        ({"train_batch_size": "auto"}, "is 'auto', the recipe says 8 (train.global_batch_size decides it); take it"),
+        (
+            {"bf16": {"immediate_grad_update": True}},
+            "immediate_grad_update is True, which is no ZeRO knob (base_model.",
+        ),
+        ({"bf16": True}, "bf16 is True, the recipe says {'enabled': True} (base_model.dtype decides it)"),
+        ({"communication_data_type": "bf16"}, "communication_data_type is 'bf16', and is always 'fp32' here; take it"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype is 'bf16', and is always 'fp32'"),
+        ({"zero_allow_untested_optimizer": False}, "zero_allow_untested_optimizer is False, and is always True here"),
         ([], "must hold a JSON object"),
     ],
 )
 def test_a_zero_config_that_contradicts_the_recipe(tmp_path: Path, settings: Any, said: str) -> None:
     (tmp_path / "zero.json").write_text(json.dumps(settings))
     assert said in complaint(tmp_path, engine={"name": "zero3", "config": "./zero.json"})
+
+
+def test_whatever_the_engine_replaces_is_refused_in_a_zero_config(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    from nslora_dist.engines.zero3 import deepspeed_config
+
+    recipe = load_recipe(write(tmp_path, engine={"name": "zero3"}))
+    for key, value in deepspeed_config(recipe, world_size=1).items():
+        other = {"stage": 1} if key == "zero_optimization" else {"x": 1} if isinstance(value, dict) else "other"
+        (tmp_path / "zero.json").write_text(json.dumps({key: other}))
+        assert key in complaint(tmp_path, engine={"name": "zero3", "config": "./zero.json"})
+
+
+def test_a_zero_config_may_repeat_the_recipe_and_add_knobs(tmp_path: Path) -> None:
+    settings = {
+        "train_batch_size": 8,
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": False, "loss_scale": 0},
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": 10},
+        "wall_clock_breakdown": False,
+    }
+    (tmp_path / "zero.json").write_text(json.dumps(settings))
+    assert load_recipe(write(tmp_path, engine={"name": "zero3", "config": "./zero.json"})).engine.config is not None
 
 
 def test_a_zero_config_that_cannot_be_read(tmp_path: Path) -> None:

@@ -1,0 +1,70 @@
+"""What is asked of a Hugging Face model that somebody else built and maybe wrapped: its linears, and to keep still."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from nslora_dist.errors import UserError
+from nslora_dist.explain import nearest
+
+PEFT_PREFIX = "base_model.model."
+
+
+def bare_name(name: str) -> str:
+    """A module's name in the bare Hugging Face model, of its name in there or in PEFT's model around it."""
+    return name.removeprefix(PEFT_PREFIX).removesuffix(".base_layer")
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside DeepSpeed's engine or DistributedDataParallel, which keep it as ``module``."""
+    inner = getattr(model, "module", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def linears_of(model: nn.Module, targets: Sequence[str] | None) -> dict[str, nn.Linear]:
+    """The base's linears by their bare names; adapters' own are none.
+
+    Raises:
+        UserError: there are none, or none of a target's name.
+    """
+    inner = bare(model)
+    head = getattr(inner, "get_output_embeddings", lambda: None)()
+    found = {
+        bare_name(name): module
+        for name, module in inner.named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in name and "modules_to_save" not in name
+    }
+    others = {name: module for name, module in found.items() if module is not head}
+    # GPT-2's layers are transformers' Conv1D, which keeps its weight the other way round.
+    conv = any(type(module).__name__ == "Conv1D" for module in inner.modules())
+    hint = "; its layers are Conv1D, which is not handled here" if conv else ""
+    if targets is None:
+        if not others:
+            raise UserError(f"calibrate: {type(inner).__name__} has no nn.Linear besides an output embedding{hint}")
+        return others
+    if not targets:
+        raise UserError("calibrate: target_modules is empty; leave it out to calibrate every nn.Linear")
+    known = sorted({name.rsplit(".", 1)[-1] for name in found})
+    for target in targets:
+        if target not in known:
+            raise UserError(
+                f"calibrate: the model has no linear '{target}'{nearest(target, known)}; "
+                f"it has {', '.join(known) or 'none'}{hint}"
+            )
+    return {name: module for name, module in found.items() if name.rsplit(".", 1)[-1] in targets}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode while open; then each module's own again, for a part may have been kept out of training."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(modes[0][1])  # for a train() that does more than set the mode
+        for module, training in modes:
+            module.training = training
+        # DeepSpeed leaves parameters in flight that it fetched for a pass which did not come.
+        getattr(model, "empty_partition_cache", lambda: None)()
