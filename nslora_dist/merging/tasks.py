@@ -120,22 +120,26 @@ def read_stored(where: str, folder: Path) -> StoredLora:
 
 
 def compare(tasks: Sequence[Task], allowed: Sequence[str]) -> None:
-    """Compares base, calibration and target modules of every adapter with the first one's.
+    """Compares base, calibration and target modules of every adapter with those before it.
 
-    The base is compared by its fingerprint where both adapters carry one, else by its name. Shapes that differ are
-    always an error: such adapters cannot be added up.
+    The base is compared by its fingerprint where both adapters carry one, else by its name. An adapter that was
+    calibrated on nothing, such as plain LoRA, fits any calibration: no method asks where an A comes from. Shapes that
+    differ are always an error: such adapters cannot be added up.
 
     Raises:
         UserError: something differs that is not in ``allowed``.
     """
-    first = tasks[0]
-    for task in tasks[1:]:
-        for kind, ours, theirs in _differences(first, task):
-            said = f"adapters {first.name} and {task.name} differ in their {kind}: {ours} and {theirs}"
-            key = kind.replace(" ", "_")
-            if key not in allowed:
-                raise UserError(f"{said}; merge what belongs together, or set allow_mismatch: [{key}]")
-            log.warning("%s (allowed by the recipe)", said)
+    for number, task in enumerate(tasks):
+        told = set()
+        for other in tasks[:number]:  # all of them: what the first does not say, the second may
+            for kind, ours, theirs in _differences(other, task):
+                said = f"adapters {other.name} and {task.name} differ in their {kind}: {ours} and {theirs}"
+                key = kind.replace(" ", "_")
+                if key not in allowed:
+                    raise UserError(f"{said}; merge what belongs together, or set allow_mismatch: [{key}]")
+                if key not in told:
+                    log.warning("%s (allowed by the recipe)", said)
+                told.add(key)
     shapes: dict[str, tuple[str, tuple[int, int]]] = {}
     for task in tasks:
         for module, pair in task.factors.items():
@@ -153,7 +157,7 @@ def _differences(first: Task, other: Task) -> list[tuple[str, str, str]]:
     if mine is not None and theirs is not None:
         if mine.base != theirs.base:
             found.append(("base", f"{mine.base_model} ({mine.base[:12]})", f"{theirs.base_model} ({theirs.base[:12]})"))
-        if mine.calibration != theirs.calibration:
+        if None not in (mine.calibration, theirs.calibration) and mine.calibration != theirs.calibration:
             found.append(("calibration", str(mine.calibration)[:12], str(theirs.calibration)[:12]))
     elif _same_name(first.base_name) != _same_name(other.base_name):
         found.append(("base", first.base_name or "none named", other.base_name or "none named"))

@@ -17,6 +17,7 @@ from helpers.merge_world import (
     FIRST,
     LISTED,
     REGEX,
+    dense,
     edit_config,
     load,
     logits,
@@ -29,6 +30,7 @@ from helpers.merge_world import (
     write_inputs,
 )
 from nslora_dist.artifacts import write_sealed
+from nslora_dist.base_files import Checkpoint
 from nslora_dist.errors import UserError
 from nslora_dist.export import read_adapter
 from nslora_dist.merge import run_merge
@@ -120,9 +122,9 @@ def test_compression_reports_its_error(world: tuple[str, Path], tmp_path: Path) 
     wanted = total(updates(folder, family), [1.0, 1.0])
     found, _ = read_adapter(tmp_path / "out/adapter")
     errors = []
-    for name, dense in wanted.items():
+    for name, exact in wanted.items():
         assert found[name].rank == 5
-        u, s, vt = torch.linalg.svd(dense)
+        u, s, vt = torch.linalg.svd(exact)
         best = u[:, :5] @ torch.diag(s[:5]) @ vt[:5]
         assert (found[name].lora_b.double() @ found[name].lora_a.double() - best).norm() < 1e-5 * best.norm()
         errors.append(float((s[5:].square().sum() / s.square().sum()).sqrt()))
@@ -303,9 +305,9 @@ def test_provenance_is_compared_and_passed_on(tmp_path: Path) -> None:
         merge(tmp_path, tmp_path / "out")
     merge(tmp_path, tmp_path / "out", no_base=True)
     assert read_provenance(tmp_path / "out/adapter") == Provenance("1" * 64, "2" * 64, "org/base")
-    write_provenance(tmp_path / "b", Provenance("1" * 64, None, "org/base"))
+    write_provenance(tmp_path / "b", Provenance("1" * 64, "4" * 64, "org/base"))
     with pytest.raises(
-        UserError, match=r"a and b differ in their calibration: 222222222222 and None; .*allow_mismatch"
+        UserError, match=r"a and b differ in their calibration: 222222222222 and 444444444444; .*allow_mismatch"
     ):
         merge(tmp_path, tmp_path / "other", no_base=True)
     merge(tmp_path, tmp_path / "other", no_base=True, allow_mismatch=["calibration"])
@@ -316,6 +318,17 @@ def test_provenance_is_compared_and_passed_on(tmp_path: Path) -> None:
     write_sealed(tmp_path / "b" / PROVENANCE_FILE, {"base": 1, "files": {}})
     with pytest.raises(UserError, match=r"nslora\.json: wants the texts"):
         merge(tmp_path, tmp_path / "third", no_base=True)
+
+
+def test_every_adapter_is_compared_with_all_before_it(tmp_path: Path) -> None:
+    """The first one may have been calibrated on nothing, and the other two not on the same."""
+    base = make_model(tmp_path / "base", "llama")
+    folders = {}
+    for seed, (name, calibration) in enumerate({"plain": None, "b": "2" * 64, "c": "3" * 64}.items()):
+        folders[name] = make_adapter(tmp_path / name, base, "llama", seed=seed)
+        write_provenance(folders[name], Provenance("1" * 64, calibration, "org/base"))
+    with pytest.raises(UserError, match=r"adapters b and c differ in their calibration: 222222222222 and 333333333333"):
+        run_merge(recipe(None, folders, tmp_path / "out"), CPU)
 
 
 def test_a_changed_file_is_refused_until_it_counts_as_foreign(tmp_path: Path) -> None:
@@ -512,6 +525,22 @@ def test_recipe_from_file_with_overrides(sound: Path, tmp_path: Path) -> None:
     assert "a: 12 modules, rank 4, base " in said and "density: 0.5" in said
 
 
-def test_shipped_recipe_is_valid() -> None:
+def test_shipped_recipe_merges_what_the_demo_leaves(tmp_path: Path) -> None:
+    """A null-space adapter and a plain LoRA, which was calibrated on nothing."""
     made = load_merge_recipe("merge_tiny")
-    assert made.method == "arithmetic" and Path(made.adapters["lora"].path).parts[-2:] == ("baselines", "lora")
+    assert Path(made.adapters["lora"].path).parts[-3:] == ("tiny_math", "baselines", "lora")
+    assert made.base_model is not None
+    base = Path(made.base_model.path)
+    given = [f"output_dir={tmp_path / 'out'}"]
+    for name, rank, calibration in (("null_space", 16, "2" * 64), ("lora", 8, None)):
+        folder = make_adapter(tmp_path / name, base, "llama", seed=rank, r=rank, lora_alpha=rank)
+        write_provenance(folder, Provenance(Checkpoint(base).fingerprint(), calibration, str(base)))
+        given.append(f"adapters.{name}.path={folder}")
+    run_merge(load_merge_recipe("merge_tiny", given), CPU)
+    found, _ = read_adapter(tmp_path / "out/adapter")
+    wanted = total([peft_updates(tmp_path / name, base, "llama") for name in ("null_space", "lora")], [0.5, 0.5])
+    for name, pair in found.items():
+        assert pair.rank == 24
+        torch.testing.assert_close(dense(pair), wanted[name], atol=1e-6, rtol=0)
+    written = read_provenance(tmp_path / "out/adapter")
+    assert written is not None and written.calibration is None
