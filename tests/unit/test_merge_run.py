@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from helpers.merge_world import (
@@ -21,6 +21,7 @@ from helpers.merge_world import (
     edit_config,
     load,
     logits,
+    lora_modules,
     make_adapter,
     make_model,
     peft_updates,
@@ -32,10 +33,11 @@ from helpers.merge_world import (
 from nslora_dist.artifacts import write_sealed
 from nslora_dist.base_files import Checkpoint
 from nslora_dist.errors import UserError
-from nslora_dist.export import read_adapter
+from nslora_dist.export import PLAIN_STARTS, read_adapter
 from nslora_dist.merge import run_merge
 from nslora_dist.merge_recipe import MergeRecipe, load_merge_recipe
 from nslora_dist.merge_report import describe_merge
+from nslora_dist.merging.tasks import read_stored
 from nslora_dist.provenance import PROVENANCE_FILE, Provenance, read_provenance, write_provenance
 from nslora_dist.update_grams import write_update_grams
 
@@ -389,6 +391,12 @@ def spoil(folder: Path, how: str) -> None:
         edit_config(b, use_dora=True)
     elif how == "transposed":
         edit_config(b, fan_in_fan_out=True)
+    elif how == "tokens":
+        edit_config(b, alora_invocation_tokens=[3, 4])
+    elif how == "layers":
+        edit_config(b, layer_replication=[[0, 3], [1, 4]])
+    elif how in ("olora", "pissa_niter_4", "loftq"):
+        edit_config(b, init_lora_weights=how)
     elif how == "alpha":
         edit_config(b, lora_alpha=None)
     elif how == "base":
@@ -419,6 +427,14 @@ def spoil(folder: Path, how: str) -> None:
         ("rank 0", r"adapters\.b\.path .*: rank_pattern gives 'q_proj' the rank 0"),
         ("dora", r"adapters\.b\.path .*DoRA"),
         ("transposed", r"adapters\.b\.path .*transposed weights"),
+        ("tokens", r"adapters\.b\.path .*alora_invocation_tokens"),
+        ("layers", r"adapters\.b\.path .*layer_replication"),
+        ("olora", r"adapters\.b\.path .*init_lora_weights='olora', which changes .*path_initial_model_for_weight_conv"),
+        (
+            "pissa_niter_4",
+            r"adapters\.b\.path .*init_lora_weights='pissa_niter_4', .*path_initial_model_for_weight_conv",
+        ),
+        ("loftq", r"adapters\.b\.path .*init_lora_weights='loftq', .*made with init_lora_weights=True"),
         ("alpha", r"adapters\.b\.path .*no usable lora_alpha"),
         ("base", r"adapters a and b differ in their base: .*base and org/another; .*allow_mismatch: \[base\]"),
         ("shapes", r"adapters a and b are of different bases: .*down_proj is \(64, 128\) and \(128, 128\)"),
@@ -437,6 +453,41 @@ def test_bad_adapter_is_told_and_nothing_written(sound: Path, tmp_path: Path, ho
         merge(folder, tmp_path / "out")
     assert re.search(said, str(error.value)) and "\n" not in str(error.value), str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_peft_converts_is_read_as_peft_reads_it(sound: Path, tmp_path: Path) -> None:
+    """PiSSA changes the base; saved as a difference to its start it is a plain LoRA on the base as it was."""
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=LISTED["llama"], init_lora_weights="pissa", task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(load(sound / "base", "llama"), config)
+    start = tmp_path / "start"
+    model.save_pretrained(str(start))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.05 * torch.ones_like(parameter)
+    trained = logits(model, "llama")
+    model.save_pretrained(str(tmp_path / "pissa"))
+    with pytest.raises(UserError, match="init_lora_weights='pissa', which changes the base's weights"):
+        read_stored("here", tmp_path / "pissa")
+    model.save_pretrained(str(tmp_path / "plain"), path_initial_model_for_weight_conversion=str(start))
+    stored = read_stored("here", tmp_path / "plain")
+    assert stored.config["init_lora_weights"] is True
+    updates_of = {n: dense(p) * stored.scales[n] for n, p in stored.factors.items()}
+    found = logits(with_updates(sound / "base", "llama", updates_of), "llama")
+    torch.testing.assert_close(found, trained, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("start", PLAIN_STARTS)
+def test_a_start_that_leaves_the_base_alone_is_read(sound: Path, tmp_path: Path, start: Any) -> None:
+    plain = load(sound / "base", "llama")
+    config = LoraConfig(r=4, target_modules=LISTED["llama"], init_lora_weights=start, task_type="CAUSAL_LM")
+    model = get_peft_model(load(sound / "base", "llama"), config)
+    for name, module in lora_modules(model).items():
+        assert torch.equal(module.base_layer.weight, plain.get_submodule(name).weight)
+    model.save_pretrained(str(tmp_path / "a"))
+    assert read_stored("here", tmp_path / "a").config["init_lora_weights"] == start
 
 
 def test_existing_output_is_left_alone(sound: Path, tmp_path: Path) -> None:
