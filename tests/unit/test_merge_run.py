@@ -534,6 +534,10 @@ def test_bad_inputs_of_nsc(sound: Path, tmp_path: Path) -> None:
         merge(sound, tmp_path / "out", method="nsc", inputs=odd)
 
 
+def two(a: float, b: float) -> dict[str, Any]:
+    return {"a": {"path": "x", "coefficient": a}, "b": {"path": "y", "coefficient": b}}
+
+
 RECIPES: list[tuple[dict[str, Any], str]] = [
     ({"adapters": {"a": {"path": "x"}}}, r"at least two, this recipe names 1"),
     ({"adapters": {"a": {"path": "x", "coefficient": 1.0}, "b": {"path": "y"}}}, r"adapters\.b\.coefficient: missing"),
@@ -550,6 +554,13 @@ RECIPES: list[tuple[dict[str, Any], str]] = [
     ({"method": "ties"}, r"target_rank: missing; the result of ties"),
     ({"sparse": {"density": 0.5}}, r"sparse: belongs to method ties or dare_ties"),
     ({"method": "ties", "sparse": {"density": 0.0}, "target_rank": 2}, r"sparse\.density: "),
+    *(
+        (
+            {"method": "gram", "adapters": two(1.0, bad)},
+            r"adapters\.b\.coefficient: is .*method gram weighs .* positive number",
+        )
+        for bad in (0.0, -0.5)
+    ),
     ({"allow_mismatch": ["bases"]}, r"allow_mismatch"),
     ({"target_rank": 0}, r"target_rank: "),
 ]
