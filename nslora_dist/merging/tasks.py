@@ -161,9 +161,9 @@ def compare(tasks: Sequence[Task], allowed: Sequence[str]) -> None:
     """
     for number, task in enumerate(tasks):
         told = set()
-        for other in tasks[:number]:  # all of them: what the first does not say, the second may
-            for kind, ours, theirs in _differences(other, task):
-                said = f"adapters {other.name} and {task.name} differ in their {kind}: {ours} and {theirs}"
+        for earlier in tasks[:number]:  # all of them: what the first does not say, the second may
+            for kind, ours, theirs in _differences(earlier, task):
+                said = f"adapters {earlier.name} and {task.name} differ in their {kind}: {ours} and {theirs}"
                 key = kind.replace(" ", "_")
                 if key not in allowed:
                     raise UserError(f"{said}; merge what belongs together, or set allow_mismatch: [{key}]")

@@ -1,5 +1,6 @@
 """Whole merges on disk: PEFT loads what comes out, full models equal base plus update, and what is wrong is told."""
 
+import errno
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -30,15 +32,19 @@ from helpers.merge_world import (
     with_updates,
     write_inputs,
 )
+from nslora_dist import artifacts, base_files, watch
 from nslora_dist.artifacts import write_sealed
 from nslora_dist.base_files import Checkpoint
-from nslora_dist.errors import UserError
+from nslora_dist.errors import EXIT_USER_ERROR, StorageError, UserError
+from nslora_dist.evaluate_adapter import run_evaluation
 from nslora_dist.export import PLAIN_STARTS, read_adapter
 from nslora_dist.merge import run_merge
-from nslora_dist.merge_recipe import MergeRecipe, load_merge_recipe
+from nslora_dist.merge_recipe import MergeBase, MergeRecipe, load_merge_recipe
 from nslora_dist.merge_report import describe_merge
+from nslora_dist.merging import full_model
 from nslora_dist.merging.tasks import read_stored
 from nslora_dist.provenance import PROVENANCE_FILE, Provenance, read_provenance, write_provenance
+from nslora_dist.recipe_file import load_recipe
 from nslora_dist.update_grams import write_update_grams
 
 CPU = torch.device("cpu")
@@ -217,11 +223,16 @@ def test_sparse_merge_as_model_and_as_adapter(tmp_path: Path, method: str) -> No
 
 
 @pytest.mark.parametrize("granularity", ["block", "module"])
-def test_nsc_writes_what_it_reports(world: tuple[str, Path], tmp_path: Path, granularity: str) -> None:
+def test_nsc_writes_what_it_reports(
+    world: tuple[str, Path], tmp_path: Path, granularity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(watch, "progress", said.append)
     family, folder = world
     nsc = {"steps": 4, "learning_rate": 0.02, "batch_size": 7, "target_fraction": 0.5, "granularity": granularity}
     inputs = write_inputs(tmp_path, family)
     _, report = merge(folder, tmp_path / "out", method="nsc", nsc=nsc, inputs=inputs)
+    assert sum("nsc" in text for text in said) >= 2 * 4  # or a long search would count as a standstill
     found = report["nsc"]
     assert found["losses"][-1] < found["losses"][0] and found["granularity"] == granularity
     assert found["profile"].keys() == {"a", "b"} and len(found["profile"]["a"]) == 4
@@ -307,6 +318,9 @@ def test_provenance_is_compared_and_passed_on(tmp_path: Path) -> None:
         merge(tmp_path, tmp_path / "out")
     merge(tmp_path, tmp_path / "out", no_base=True)
     assert read_provenance(tmp_path / "out/adapter") == Provenance("1" * 64, "2" * 64, "org/base")
+    for method in ("ties", "dare_ties"):  # whose updates have left the rows of A
+        merge(tmp_path, tmp_path / method, no_base=True, method=method, target_rank=2)
+        assert read_provenance(tmp_path / method / "adapter") == Provenance("1" * 64, None, "org/base")
     write_provenance(tmp_path / "b", Provenance("1" * 64, "4" * 64, "org/base"))
     with pytest.raises(
         UserError, match=r"a and b differ in their calibration: 222222222222 and 444444444444; .*allow_mismatch"
@@ -505,6 +519,79 @@ def test_failure_while_writing_leaves_nothing(sound: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"'model\..*' is \(128, 128\), the adapters' update \(64, 128\)"):
         run_merge(made, CPU)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_written_is_told_from_what_cannot_be_read(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"output_dir .*: cannot be written \(.*; give another path") as wrong:
+        merge(sound, tmp_path / "file" / "out")
+    assert wrong.value.status == EXIT_USER_ERROR
+
+    def full(path: Path, value: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(artifacts, "write_json", full)
+        with pytest.raises(StorageError, match=r"output_dir .*: cannot be written \(No space left .*free some disk"):
+            merge(sound, tmp_path / "out")
+    opened = Path.open
+
+    def broken(path: Path, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        if path == sound / "base/model.safetensors":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return opened(path, mode, *rest, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", broken)
+        with pytest.raises(UserError, match=r"base_model\.path .*: its model\.safetensors cannot be read") as wrong:
+            merge(sound, tmp_path / "out", output="model")
+    assert wrong.value.status == EXIT_USER_ERROR
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_evaluation_s_output_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(path: Path, *args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", forbidden)
+    with pytest.raises(
+        StorageError, match=r"--output .*: cannot be written \(Permission denied\); give the permission"
+    ):
+        run_evaluation(load_recipe("tiny_math"), CPU, adapter=["x"], output=str(tmp_path / "new" / "found.json"))
+
+
+def test_a_base_is_copied_in_blocks_that_count_as_progress(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(full_model, "COPY_BYTES", 1 << 12)
+    (tmp_path / "copy").mkdir()
+    said = list(full_model.copy_base(Checkpoint(sound / "base"), tmp_path / "copy"))
+    weights = (sound / "base/model.safetensors").read_bytes()
+    assert said.count("copying model.safetensors") == -(-len(weights) // (1 << 12)) > 10
+    assert (tmp_path / "copy/model.safetensors").read_bytes() == weights
+
+
+def test_a_full_model_s_files_are_fetched_with_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {"config.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "LICENSE", "USE_POLICY.md"}
+    for name in (*kept, "pytorch_model.bin", "modeling_x.py", "README.md"):
+        (tmp_path / "hub" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "hub" / name).write_text("{}")
+    save_file({"w": torch.zeros(1)}, tmp_path / "hub" / "model.safetensors")
+
+    def snapshot(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        there = [path.name for path in (tmp_path / "hub").iterdir()]
+        (tmp_path / "cache").mkdir()
+        for found in filter_repo_objects(there, allow_patterns=allow_patterns):
+            shutil.copy(tmp_path / "hub" / found, tmp_path / "cache")
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr(base_files, "snapshot_download", snapshot)
+    base = Checkpoint(base_files.locate(MergeBase(path="org/base")))
+    (tmp_path / "out").mkdir()
+    list(full_model.copy_base(base, tmp_path / "out"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == kept | {"model.safetensors"}
 
 
 def test_nsc_on_a_base_that_is_not_theirs(sound: Path, tmp_path: Path) -> None:
