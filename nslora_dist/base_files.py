@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from nslora_dist.recipe import BaseModelSection
 
 
+COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "LICENSE*", "USE_POLICY*")
+"""Beside the weights: config, tokenizer, chat template, licence."""
+
+
 class Checkpoint:
     """A folder of safetensors, single-file or indexed, read tensor by tensor."""
 
@@ -138,7 +142,7 @@ def locate(section: BaseModelSection) -> Path:
     if local:
         raise UserError(f"base_model.path {section.path}: no such folder")
     try:
-        patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model"]
+        patterns = ["*.safetensors", *COMPANIONS]
         return Path(snapshot_download(section.path, revision=section.revision, allow_patterns=patterns))
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -74,6 +74,15 @@ REMEDIES = {
 }
 
 
+def unwritable(where: str, error: OSError) -> UserError:
+    """What a person is told of ``where``, a value of theirs that names a place at which nothing can be written."""
+    said = f"{where}: cannot be written ({error.strerror or error})"
+    remedy = REMEDIES.get(error.errno or 0)
+    if remedy is None:  # a path that can be none, such as one below a file
+        return UserError(f"{said}; give another path")
+    return StorageError(f"{said}; {remedy} and run the same command again")
+
+
 def storage_error(error: BaseException) -> StorageError | None:
     """What a person is told of a full, read-only, forbidden or broken disk; None for any other exception."""
     if isinstance(error, StorageError):

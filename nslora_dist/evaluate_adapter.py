@@ -22,7 +22,7 @@ from nslora_dist.data import load_tokenizer
 from nslora_dist.effects import divergence, interference, measure, summarise
 from nslora_dist.engines import start_engine
 from nslora_dist.engines.base import Job, adapter_dtype
-from nslora_dist.errors import UserError
+from nslora_dist.errors import UserError, unwritable
 from nslora_dist.evaluate import EvaluationSets, evaluate
 from nslora_dist.input_groups import LinearShape, input_groups
 from nslora_dist.merging.tasks import StoredLora, read_stored
@@ -106,7 +106,7 @@ def run_evaluation(recipe: Recipe, device: torch.device, *, adapter: Sequence[st
             try:
                 write_json(target, report)
             except OSError as error:
-                raise UserError(f"--output {target}: cannot be written ({error.strerror})") from error
+                raise unwritable(f"--output {target}", error) from error
             print(f"evaluation {target}")
 
 
@@ -136,7 +136,7 @@ def _claim(target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output {target}: its folder cannot be made ({error.strerror})") from error
+        raise unwritable(f"--output {target}", error) from error
 
 
 def linear_shapes(recipe: Recipe, config: PreTrainedConfig) -> dict[str, LinearShape]:

@@ -23,6 +23,8 @@ from nslora_dist.null_lora import NullLoraLinear, confined_factors
 from nslora_dist.provenance import CONFIG_FILE, WEIGHTS_FILE, verify_files
 from nslora_dist.redact import redact
 
+PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+"""PEFT's ``init_lora_weights`` that leave the base as it is; PiSSA, CorDA, OLoRA, LoRA-GA and LoftQ take part of it."""
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
 
@@ -255,6 +257,11 @@ def module_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
             alpha = value
             break
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def changes_base(start: object) -> bool:
+    """Whether PEFT's ``init_lora_weights`` takes the adapter's start out of the base's weights, or might."""
+    return (start.lower() if isinstance(start, str) else start) not in PLAIN_STARTS
 
 
 def _alpha(scale: float, rank: int) -> float:

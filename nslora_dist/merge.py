@@ -2,17 +2,18 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nslora_dist import artifacts, dist
+from nslora_dist import artifacts, dist, watch
 from nslora_dist.base_config import load_config
 from nslora_dist.base_files import Checkpoint, locate
-from nslora_dist.errors import UserError
+from nslora_dist.errors import UserError, unwritable
 from nslora_dist.export import Factors, write_adapter
 from nslora_dist.merge_recipe import SPARSE, MergeRecipe, NscSection
 from nslora_dist.merge_report import draw_profile, merge_summary
@@ -74,11 +75,32 @@ def run_merge(recipe: MergeRecipe, device: torch.device) -> None:
         )
         report["warnings"].append(said)
         log.warning("%s", said)
-    with dist.together("writing the merge"):
-        if dist.is_main():
-            _write(recipe, tasks, folder, report, device=device, coefficients=coefficients, started=started)
-            print(merge_summary(report))
-            print(f"\n{recipe.output:<8} {folder / recipe.output}\nreport   {folder / 'report.json'}")
+    in_steps(_write(recipe, tasks, folder, report, device=device, coefficients=coefficients, started=started))
+    if dist.is_main():
+        print(merge_summary(report))
+        print(f"\n{recipe.output:<8} {folder / recipe.output}\nreport   {folder / 'report.json'}")
+
+
+def in_steps(work: Generator[str]) -> None:
+    """Rank 0 works and the others follow it step by step, for waiting for all of it would exceed their time-out.
+
+    Args:
+        work: names its steps; the other ranks do not start it.
+    """
+    with dist.together("writing the merge"), closing(work):
+        if not dist.is_main():
+            while dist.everywhere(True):
+                watch.progress("following rank 0")
+            return
+        while True:
+            try:
+                step = next(work, None)
+            except Exception:
+                dist.everywhere(False)
+                raise
+            if not dist.everywhere(step is not None):
+                return
+            watch.progress(str(step))
 
 
 def _check_base(recipe: MergeRecipe, tasks: Sequence[Task]) -> None:
@@ -147,15 +169,18 @@ def _write(
     device: torch.device,
     coefficients: Mapping[str, Sequence[float]] | None,
     started: float,
-) -> None:
-    """Everything or nothing, in one folder."""
+) -> Generator[str]:
+    """Everything or nothing, in one folder; yields what it is at."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with artifacts.replace_folder(folder) as partial:
             merged = merge_modules(recipe, tasks, device=device, coefficients=coefficients)
             errors, ranks = [], set()
             factors: dict[str, Factors] = {}
-            model = _Model(recipe, tasks, partial / "model") if recipe.output == "model" else None
+            model = None
+            if recipe.output == "model":
+                model = _Model(recipe, tasks, partial / "model")
+                yield from copy_base(model.checkpoint, model.target)
             for module, made in merged:
                 errors.append(made.error)
                 if model is not None:
@@ -163,6 +188,7 @@ def _write(
                 else:
                     factors[module] = made.factors
                     ranks.add(made.factors.rank)
+                yield module
             if model is None:
                 _write_adapter(recipe, tasks, partial / "adapter", folder / "adapter", factors)
             for task in tasks:
@@ -177,7 +203,7 @@ def _write(
             artifacts.write_json(partial / "report.json", redact_all(report))
             artifacts.write_text(partial / "recipe.yaml", recipe.to_yaml())
     except OSError as error:
-        raise UserError(f"output_dir {folder}: cannot be written ({error.strerror})") from error
+        raise unwritable(f"output_dir {folder}", error) from error
 
 
 class _Model:
@@ -192,7 +218,6 @@ class _Model:
         kind = model_task(base, tasks, config)
         self.names = checkpoint_names(module_names(tasks), self.checkpoint, config, kind=kind)
         target.mkdir()
-        copy_base(self.checkpoint, target)
 
     def add(self, module: str, made: Merged) -> None:
         """Adds one module's update."""
@@ -224,7 +249,9 @@ def _write_adapter(
     carried = [task.provenance for task in tasks if task.provenance is not None]
     if len(carried) == len(tasks) and len({p.base for p in carried}) == 1:
         calibrations = {p.calibration for p in carried}
-        calibration = calibrations.pop() if len(calibrations) == 1 else None
+        # A trimmed ΔW has left the rows of A, and with them whatever null space they were in.
+        kept = len(calibrations) == 1 and recipe.method not in SPARSE
+        calibration = calibrations.pop() if kept else None
         write_provenance(target, Provenance(carried[0].base, calibration, carried[0].base_model))
 
 

@@ -112,6 +112,12 @@ class MergeRecipe(Section):
         if self.base_model is None and (self.method == "nsc" or self.output == "model"):
             why = "method nsc runs it" if self.method == "nsc" else "output model is written from it"
             raise ValueError(f"base_model: missing, and {why}; give base_model.path")
+        for name, adapter in self.adapters.items():
+            if self.method == "gram" and adapter.coefficient is not None and adapter.coefficient <= 0:
+                raise ValueError(
+                    f"adapters.{name}.coefficient: is {adapter.coefficient:g}, and method gram weighs a Gram by it: "
+                    "give a positive number, leave the adapter out, or use method arithmetic"
+                )
         self._check_inputs()
         self._check_rank()
         return self

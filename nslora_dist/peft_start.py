@@ -11,6 +11,7 @@ from nslora_dist import dist
 from nslora_dist.calibration import store
 from nslora_dist.calibration.store import NullSpace
 from nslora_dist.errors import UserError
+from nslora_dist.export import changes_base
 from nslora_dist.live_model import bare, bare_name
 from nslora_dist.null_space import interference
 
@@ -114,8 +115,10 @@ def _check(model: nn.Module, layers: dict[str, Any], null_space: NullSpace, adap
     if getattr(config, "use_dora", False):
         raise UserError("the adapter is DoRA, whose magnitudes rescale the base; use plain LoRA")
     start = getattr(config, "init_lora_weights", True)
-    if start not in (True, False, "gaussian"):
+    if changes_base(start):
         raise UserError(f"init_lora_weights={start!r} has rewritten the base's weights; make the adapter with True")
+    if start == "mica":
+        raise UserError("init_lora_weights='mica' freezes B, and A is frozen here; make it with True")
     manifest = null_space.manifest
     rank = manifest["settings"]["rank"]
     if manifest["settings"]["form"] != "delta":

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from nslora_dist.explain import explain
 from nslora_dist.recipe_lm_eval import LmEvalSection
 from nslora_dist.recipe_train import CheckpointSection, EngineSection, TrainSection
-from nslora_dist.recipe_types import Count, Fraction, Name, Names, Positive, Section, Seed, Where
+from nslora_dist.recipe_types import MIXTURE, Count, Fraction, Name, Names, Positive, Section, Seed, Where
 from nslora_dist.redact import redact_all
 from nslora_dist.zero_file import read_zero_config
 
@@ -96,6 +96,9 @@ class CalibrationSection(Section):
         both = sorted(set(self.sources) & set(self.probes))
         if both:
             raise ValueError(f"'{both[0]}' names a source and a probe; give the probe another name")
+        for kind, named in (("source", self.sources), ("probe", self.probes)):
+            if MIXTURE in named:
+                raise ValueError(f"'{MIXTURE}' names the mixture of all sources; give the {kind} another name")
         return self
 
 

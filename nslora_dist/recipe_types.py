@@ -5,6 +5,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+MIXTURE = "calibration"
+"""Name under which the weighted mixture of all sources is measured, beside each source and probe of its own."""
 MOST = 2**53
 """Largest count: what every language's JSON can hold exactly."""
 LONGEST_NAME = 100

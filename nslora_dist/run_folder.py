@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nslora_dist import artifacts, dist, logs
-from nslora_dist.errors import StorageError, UserError
+from nslora_dist.errors import UserError, unwritable
 from nslora_dist.recipe import Recipe, without_volatile
 from nslora_dist.yaml_file import parse_yaml, read_yaml
 
@@ -52,7 +52,7 @@ def _claim(folder: Path, recipe: Recipe) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         artifacts.write_text(known, recipe.to_yaml())
     except OSError as error:
-        raise StorageError(f"output_dir {folder}: cannot be written ({error.strerror})") from error
+        raise unwritable(f"output_dir {folder}", error) from error
 
 
 def refuse_links(folder: Path) -> None:

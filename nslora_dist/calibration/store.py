@@ -22,9 +22,7 @@ from torch import Tensor
 
 from nslora_dist import artifacts, dist, manifests
 from nslora_dist.errors import UserError
-
-MIXTURE = "calibration"
-"""Name under which the weighted mixture of all sources is measured, beside each source and probe of its own."""
+from nslora_dist.recipe_types import MIXTURE as MIXTURE  # recipes keep it free; whoever reads a null space looks for it
 
 
 @dataclass(frozen=True)

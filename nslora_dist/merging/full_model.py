@@ -1,9 +1,8 @@
 """A merged full model: the base's own files with ΔW added to the adapted weights, one tensor in memory at a time."""
 
 import json
-import shutil
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,14 +12,14 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from nslora_dist.base_files import Checkpoint
+from nslora_dist import artifacts
+from nslora_dist.base_files import COMPANIONS, Checkpoint
 from nslora_dist.errors import UserError
 from nslora_dist.explain import nearest
 from nslora_dist.merging.model import AUTO_CLASSES
 from nslora_dist.merging.updates import Update
 
-COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "LICENSE*", "USE_POLICY*")
-"""Config and tokenizer; the weights' index as well, for shards keep their names and tensors their places."""
+COPY_BYTES = 1 << 24
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -29,13 +28,35 @@ DTYPES = {
 }
 
 
-def copy_base(checkpoint: Checkpoint, target: Path) -> None:
-    """Copies the base's safetensors shards, index, config and tokenizer; code and other formats of its weights stay."""
-    names = {path.name for pattern in COPIED for path in checkpoint.folder.glob(pattern) if path.is_file()}
+def copy_base(checkpoint: Checkpoint, target: Path) -> Iterator[str]:
+    """Copies the base's safetensors shards and what lies beside them; code and other formats of its weights stay.
+
+    The weights' index is among it, for shards keep their names and tensors their places.
+
+    Yields:
+        What is being copied, block by block: a large base takes longer than other ranks would wait in silence.
+
+    Raises:
+        UserError: a file of the base cannot be read.
+    """
+    names = {path.name for pattern in COMPANIONS for path in checkpoint.folder.glob(pattern) if path.is_file()}
     names -= {path.name for path in checkpoint.folder.glob("*.index.json") if "safetensors" not in path.name}
     names -= {"adapter_config.json"}
     for name in sorted(names | set(checkpoint.files.values())):
-        shutil.copyfile(checkpoint.folder / name, target / name)
+        with artifacts.naming(target / name), (target / name).open("wb") as file:
+            for block in _blocks(checkpoint.folder / name):
+                file.write(block)
+                yield f"copying {name}"
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            while block := file.read(COPY_BYTES):
+                yield block
+    except OSError as error:
+        said = f"its {path.name} cannot be read ({error.strerror or error})"
+        raise UserError(f"base_model.path {path.parent}: {said}; check that file") from error
 
 
 def checkpoint_names(

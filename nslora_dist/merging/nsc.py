@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nslora_dist import dist
+from nslora_dist import dist, watch
 from nslora_dist.errors import UserError
 from nslora_dist.merge_recipe import NscSection
 from nslora_dist.merging.blocks import block_of, target_blocks
@@ -188,6 +188,7 @@ def _run(
     Returns:
         What the merged linears saw, and the model's output.
     """
+    watch.progress(f"nsc, inputs of task {number + 1}")
     mine = list(rows[dist.rank() :: dist.world_size()])
     batch, mask = inputs.batch(mine or rows[:1])
     counts = torch.full((len(mine) or 1,), 1.0 if mine else 0.0, device=device)

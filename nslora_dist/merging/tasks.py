@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from nslora_dist.errors import UserError
-from nslora_dist.export import CONFIG_FILE, Factors, module_scale, read_adapter
+from nslora_dist.export import CONFIG_FILE, Factors, changes_base, module_scale, read_adapter
 from nslora_dist.merge_recipe import MergeRecipe
 from nslora_dist.provenance import Provenance, read_provenance
 from nslora_dist.update_grams import read_update_grams
 
 log = logging.getLogger("nslora_dist")
+
+CONVERTIBLE = ("pissa", "corda", "olora", "lora_ga")
+"""Initialisations that PEFT can take out of an adapter again as it saves it."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def read_stored(where: str, folder: Path) -> StoredLora:
         folder: the adapter's.
 
     Raises:
-        UserError: no readable LoRA adapter, or one that is no sum of low-rank updates of plain linears.
+        UserError: no readable LoRA adapter, or one that is no sum of low-rank updates of the base's plain linears.
     """
     if not folder.is_dir():
         raise UserError(f"{where}: no such folder; give the folder of a PEFT adapter")
@@ -98,11 +101,7 @@ def read_stored(where: str, folder: Path) -> StoredLora:
         raise UserError(f"{where}: no adapter there, it holds no {CONFIG_FILE}; give the folder of a PEFT adapter")
     heads: dict[str, Tensor] = {}
     factors, config = read_adapter(folder, heads=heads)
-    if config.get("use_dora"):
-        raise UserError(f"{where}: is a DoRA adapter (use_dora), which is no sum of low-rank updates; use plain LoRA")
-    if config.get("fan_in_fan_out"):
-        # A transposed weight would take a transposed update, and a square one would not even give itself away.
-        raise UserError(f"{where}: adapts layers with transposed weights (fan_in_fan_out); only nn.Linear is read")
+    _check_kind(where, config)
     for key, rank in (config.get("rank_pattern") or {}).items():
         if not isinstance(rank, int) or rank < 1:
             raise UserError(
@@ -119,23 +118,58 @@ def read_stored(where: str, folder: Path) -> StoredLora:
     return StoredLora(factors, scales, heads, config)
 
 
-def compare(tasks: Sequence[Task], allowed: Sequence[str]) -> None:
-    """Compares base, calibration and target modules of every adapter with the first one's.
+def _check_kind(where: str, config: Mapping[str, Any]) -> None:
+    """What changes the base or the layers beside A and B: without it the factors say something else."""
+    if config.get("use_dora"):
+        raise UserError(f"{where}: is a DoRA adapter (use_dora), which is no sum of low-rank updates; use plain LoRA")
+    if config.get("fan_in_fan_out"):
+        # A transposed weight would take a transposed update, and a square one would not even give itself away.
+        raise UserError(f"{where}: adapts layers with transposed weights (fan_in_fan_out); only nn.Linear is read")
+    if config.get("alora_invocation_tokens"):
+        raise UserError(
+            f"{where}: acts only behind its invocation tokens (alora_invocation_tokens), which no update of a weight "
+            "does; use plain LoRA"
+        )
+    if config.get("layer_replication"):
+        raise UserError(
+            f"{where}: adapts layers that it makes by copying the base's (layer_replication), and the base has them "
+            "not; save the enlarged model, and train on that as the base"
+        )
+    start = config.get("init_lora_weights")
+    if changes_base(start):
+        remedy = "use an adapter made with init_lora_weights=True"
+        if str(start).lower().startswith(CONVERTIBLE):
+            remedy = (
+                "make a plain LoRA of it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=the "
+                "adapter as saved before training)"
+            )
+        raise UserError(
+            f"{where}: was made with init_lora_weights={start!r}, which changes the base's weights, and would be added "
+            f"to the unchanged ones here; {remedy}"
+        )
 
-    The base is compared by its fingerprint where both adapters carry one, else by its name. Shapes that differ are
-    always an error: such adapters cannot be added up.
+
+def compare(tasks: Sequence[Task], allowed: Sequence[str]) -> None:
+    """Compares base, calibration and target modules of every adapter with those before it.
+
+    The base is compared by its fingerprint where both adapters carry one, else by its name. An adapter that was
+    calibrated on nothing, such as plain LoRA, fits any calibration: no method asks where an A comes from. Shapes that
+    differ are always an error: such adapters cannot be added up.
 
     Raises:
         UserError: something differs that is not in ``allowed``.
     """
-    first = tasks[0]
-    for task in tasks[1:]:
-        for kind, ours, theirs in _differences(first, task):
-            said = f"adapters {first.name} and {task.name} differ in their {kind}: {ours} and {theirs}"
-            key = kind.replace(" ", "_")
-            if key not in allowed:
-                raise UserError(f"{said}; merge what belongs together, or set allow_mismatch: [{key}]")
-            log.warning("%s (allowed by the recipe)", said)
+    for number, task in enumerate(tasks):
+        told = set()
+        for earlier in tasks[:number]:  # all of them: what the first does not say, the second may
+            for kind, ours, theirs in _differences(earlier, task):
+                said = f"adapters {earlier.name} and {task.name} differ in their {kind}: {ours} and {theirs}"
+                key = kind.replace(" ", "_")
+                if key not in allowed:
+                    raise UserError(f"{said}; merge what belongs together, or set allow_mismatch: [{key}]")
+                if key not in told:
+                    log.warning("%s (allowed by the recipe)", said)
+                told.add(key)
     shapes: dict[str, tuple[str, tuple[int, int]]] = {}
     for task in tasks:
         for module, pair in task.factors.items():
@@ -153,7 +187,7 @@ def _differences(first: Task, other: Task) -> list[tuple[str, str, str]]:
     if mine is not None and theirs is not None:
         if mine.base != theirs.base:
             found.append(("base", f"{mine.base_model} ({mine.base[:12]})", f"{theirs.base_model} ({theirs.base[:12]})"))
-        if mine.calibration != theirs.calibration:
+        if None not in (mine.calibration, theirs.calibration) and mine.calibration != theirs.calibration:
             found.append(("calibration", str(mine.calibration)[:12], str(theirs.calibration)[:12]))
     elif _same_name(first.base_name) != _same_name(other.base_name):
         found.append(("base", first.base_name or "none named", other.base_name or "none named"))

@@ -99,7 +99,9 @@ def test_wrong_folders_and_names(fails: Fails, single_run: Path, tmp_path: Path)
     assert "has the name 'adapter' already; give NAME=FOLDER" in fails("--adapter", str(folder), f"--adapter={folder}")
     assert "the name 'base' is empty or taken" in fails(f"--adapter=base={folder}")
     (tmp_path / "file").write_text("")
-    assert "its folder cannot be made" in fails(f"--adapter={folder}", output=tmp_path / "file" / "evaluation.json")
+    assert "cannot be written (File exists); give another path" in fails(
+        f"--adapter={folder}", output=tmp_path / "file" / "evaluation.json"
+    )
     assert "exists already" in fails(f"--adapter={folder}", output=tmp_path / "file")
 
 

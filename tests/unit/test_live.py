@@ -149,6 +149,17 @@ def test_peft_model_starts_there_and_tells_what_it_disturbs(tmp_path: Path) -> N
             assert found[name] == pytest.approx(float(direct), rel=1e-3)
 
 
+def test_a_start_that_leaves_the_base_alone_is_replaced(tmp_path: Path) -> None:
+    model, batches, targets = llama()
+    before = model(**batches[0]).logits
+    space = nslora_dist.calibrate(model, batches, rank=6, folder=tmp_path / "n", target_modules=targets)
+    peft = get_peft_model(model, LoraConfig(r=6, target_modules=targets, init_lora_weights="orthogonal"))
+    layers = nslora_dist.init_peft(peft, tmp_path / "n")
+    for name, start in space.starts(layers, device=torch.device("cpu")):
+        assert torch.equal(layers[name].lora_A["default"].weight, start.a)
+    assert torch.equal(peft(**batches[0]).logits, before)
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
@@ -156,6 +167,7 @@ def test_peft_model_starts_there_and_tells_what_it_disturbs(tmp_path: Path) -> N
         ({"r": 6, "target_modules": ["o_proj"]}, "o_proj has an adapter and was not calibrated"),
         ({"r": 6, "use_dora": True}, "is DoRA"),
         ({"r": 6, "init_lora_weights": "pissa"}, "has rewritten the base's weights"),
+        ({"r": 6, "init_lora_weights": "mica"}, "freezes B"),
     ],
 )
 def test_what_does_not_fit_is_said(config: dict[str, Any], said: str, tmp_path: Path) -> None:

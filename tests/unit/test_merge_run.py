@@ -1,5 +1,6 @@
 """Whole merges on disk: PEFT loads what comes out, full models equal base plus update, and what is wrong is told."""
 
+import errno
 import json
 import re
 import shutil
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from huggingface_hub.utils import filter_repo_objects
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from helpers.merge_world import (
@@ -17,9 +19,11 @@ from helpers.merge_world import (
     FIRST,
     LISTED,
     REGEX,
+    dense,
     edit_config,
     load,
     logits,
+    lora_modules,
     make_adapter,
     make_model,
     peft_updates,
@@ -28,13 +32,19 @@ from helpers.merge_world import (
     with_updates,
     write_inputs,
 )
+from nslora_dist import artifacts, base_files, watch
 from nslora_dist.artifacts import write_sealed
-from nslora_dist.errors import UserError
-from nslora_dist.export import read_adapter
+from nslora_dist.base_files import Checkpoint
+from nslora_dist.errors import EXIT_USER_ERROR, StorageError, UserError
+from nslora_dist.evaluate_adapter import run_evaluation
+from nslora_dist.export import PLAIN_STARTS, read_adapter
 from nslora_dist.merge import run_merge
-from nslora_dist.merge_recipe import MergeRecipe, load_merge_recipe
+from nslora_dist.merge_recipe import MergeBase, MergeRecipe, load_merge_recipe
 from nslora_dist.merge_report import describe_merge
+from nslora_dist.merging import full_model
+from nslora_dist.merging.tasks import read_stored
 from nslora_dist.provenance import PROVENANCE_FILE, Provenance, read_provenance, write_provenance
+from nslora_dist.recipe_file import load_recipe
 from nslora_dist.update_grams import write_update_grams
 
 CPU = torch.device("cpu")
@@ -120,9 +130,9 @@ def test_compression_reports_its_error(world: tuple[str, Path], tmp_path: Path) 
     wanted = total(updates(folder, family), [1.0, 1.0])
     found, _ = read_adapter(tmp_path / "out/adapter")
     errors = []
-    for name, dense in wanted.items():
+    for name, exact in wanted.items():
         assert found[name].rank == 5
-        u, s, vt = torch.linalg.svd(dense)
+        u, s, vt = torch.linalg.svd(exact)
         best = u[:, :5] @ torch.diag(s[:5]) @ vt[:5]
         assert (found[name].lora_b.double() @ found[name].lora_a.double() - best).norm() < 1e-5 * best.norm()
         errors.append(float((s[5:].square().sum() / s.square().sum()).sqrt()))
@@ -213,11 +223,16 @@ def test_sparse_merge_as_model_and_as_adapter(tmp_path: Path, method: str) -> No
 
 
 @pytest.mark.parametrize("granularity", ["block", "module"])
-def test_nsc_writes_what_it_reports(world: tuple[str, Path], tmp_path: Path, granularity: str) -> None:
+def test_nsc_writes_what_it_reports(
+    world: tuple[str, Path], tmp_path: Path, granularity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(watch, "progress", said.append)
     family, folder = world
     nsc = {"steps": 4, "learning_rate": 0.02, "batch_size": 7, "target_fraction": 0.5, "granularity": granularity}
     inputs = write_inputs(tmp_path, family)
     _, report = merge(folder, tmp_path / "out", method="nsc", nsc=nsc, inputs=inputs)
+    assert sum("nsc" in text for text in said) >= 2 * 4  # or a long search would count as a standstill
     found = report["nsc"]
     assert found["losses"][-1] < found["losses"][0] and found["granularity"] == granularity
     assert found["profile"].keys() == {"a", "b"} and len(found["profile"]["a"]) == 4
@@ -303,9 +318,12 @@ def test_provenance_is_compared_and_passed_on(tmp_path: Path) -> None:
         merge(tmp_path, tmp_path / "out")
     merge(tmp_path, tmp_path / "out", no_base=True)
     assert read_provenance(tmp_path / "out/adapter") == Provenance("1" * 64, "2" * 64, "org/base")
-    write_provenance(tmp_path / "b", Provenance("1" * 64, None, "org/base"))
+    for method in ("ties", "dare_ties"):  # whose updates have left the rows of A
+        merge(tmp_path, tmp_path / method, no_base=True, method=method, target_rank=2)
+        assert read_provenance(tmp_path / method / "adapter") == Provenance("1" * 64, None, "org/base")
+    write_provenance(tmp_path / "b", Provenance("1" * 64, "4" * 64, "org/base"))
     with pytest.raises(
-        UserError, match=r"a and b differ in their calibration: 222222222222 and None; .*allow_mismatch"
+        UserError, match=r"a and b differ in their calibration: 222222222222 and 444444444444; .*allow_mismatch"
     ):
         merge(tmp_path, tmp_path / "other", no_base=True)
     merge(tmp_path, tmp_path / "other", no_base=True, allow_mismatch=["calibration"])
@@ -316,6 +334,17 @@ def test_provenance_is_compared_and_passed_on(tmp_path: Path) -> None:
     write_sealed(tmp_path / "b" / PROVENANCE_FILE, {"base": 1, "files": {}})
     with pytest.raises(UserError, match=r"nslora\.json: wants the texts"):
         merge(tmp_path, tmp_path / "third", no_base=True)
+
+
+def test_every_adapter_is_compared_with_all_before_it(tmp_path: Path) -> None:
+    """The first one may have been calibrated on nothing, and the other two not on the same."""
+    base = make_model(tmp_path / "base", "llama")
+    folders = {}
+    for seed, (name, calibration) in enumerate({"plain": None, "b": "2" * 64, "c": "3" * 64}.items()):
+        folders[name] = make_adapter(tmp_path / name, base, "llama", seed=seed)
+        write_provenance(folders[name], Provenance("1" * 64, calibration, "org/base"))
+    with pytest.raises(UserError, match=r"adapters b and c differ in their calibration: 222222222222 and 333333333333"):
+        run_merge(recipe(None, folders, tmp_path / "out"), CPU)
 
 
 def test_a_changed_file_is_refused_until_it_counts_as_foreign(tmp_path: Path) -> None:
@@ -376,6 +405,12 @@ def spoil(folder: Path, how: str) -> None:
         edit_config(b, use_dora=True)
     elif how == "transposed":
         edit_config(b, fan_in_fan_out=True)
+    elif how == "tokens":
+        edit_config(b, alora_invocation_tokens=[3, 4])
+    elif how == "layers":
+        edit_config(b, layer_replication=[[0, 3], [1, 4]])
+    elif how in ("olora", "pissa_niter_4", "loftq"):
+        edit_config(b, init_lora_weights=how)
     elif how == "alpha":
         edit_config(b, lora_alpha=None)
     elif how == "base":
@@ -406,6 +441,14 @@ def spoil(folder: Path, how: str) -> None:
         ("rank 0", r"adapters\.b\.path .*: rank_pattern gives 'q_proj' the rank 0"),
         ("dora", r"adapters\.b\.path .*DoRA"),
         ("transposed", r"adapters\.b\.path .*transposed weights"),
+        ("tokens", r"adapters\.b\.path .*alora_invocation_tokens"),
+        ("layers", r"adapters\.b\.path .*layer_replication"),
+        ("olora", r"adapters\.b\.path .*init_lora_weights='olora', which changes .*path_initial_model_for_weight_conv"),
+        (
+            "pissa_niter_4",
+            r"adapters\.b\.path .*init_lora_weights='pissa_niter_4', .*path_initial_model_for_weight_conv",
+        ),
+        ("loftq", r"adapters\.b\.path .*init_lora_weights='loftq', .*made with init_lora_weights=True"),
         ("alpha", r"adapters\.b\.path .*no usable lora_alpha"),
         ("base", r"adapters a and b differ in their base: .*base and org/another; .*allow_mismatch: \[base\]"),
         ("shapes", r"adapters a and b are of different bases: .*down_proj is \(64, 128\) and \(128, 128\)"),
@@ -426,6 +469,41 @@ def test_bad_adapter_is_told_and_nothing_written(sound: Path, tmp_path: Path, ho
     assert not (tmp_path / "out").exists()
 
 
+def test_what_peft_converts_is_read_as_peft_reads_it(sound: Path, tmp_path: Path) -> None:
+    """PiSSA changes the base; saved as a difference to its start it is a plain LoRA on the base as it was."""
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=LISTED["llama"], init_lora_weights="pissa", task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(load(sound / "base", "llama"), config)
+    start = tmp_path / "start"
+    model.save_pretrained(str(start))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.05 * torch.ones_like(parameter)
+    trained = logits(model, "llama")
+    model.save_pretrained(str(tmp_path / "pissa"))
+    with pytest.raises(UserError, match="init_lora_weights='pissa', which changes the base's weights"):
+        read_stored("here", tmp_path / "pissa")
+    model.save_pretrained(str(tmp_path / "plain"), path_initial_model_for_weight_conversion=str(start))
+    stored = read_stored("here", tmp_path / "plain")
+    assert stored.config["init_lora_weights"] is True
+    updates_of = {n: dense(p) * stored.scales[n] for n, p in stored.factors.items()}
+    found = logits(with_updates(sound / "base", "llama", updates_of), "llama")
+    torch.testing.assert_close(found, trained, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("start", PLAIN_STARTS)
+def test_a_start_that_leaves_the_base_alone_is_read(sound: Path, tmp_path: Path, start: Any) -> None:
+    plain = load(sound / "base", "llama")
+    config = LoraConfig(r=4, target_modules=LISTED["llama"], init_lora_weights=start, task_type="CAUSAL_LM")
+    model = get_peft_model(load(sound / "base", "llama"), config)
+    for name, module in lora_modules(model).items():
+        assert torch.equal(module.base_layer.weight, plain.get_submodule(name).weight)
+    model.save_pretrained(str(tmp_path / "a"))
+    assert read_stored("here", tmp_path / "a").config["init_lora_weights"] == start
+
+
 def test_existing_output_is_left_alone(sound: Path, tmp_path: Path) -> None:
     for name in ("folder", "file"):
         target = tmp_path / name
@@ -441,6 +519,79 @@ def test_failure_while_writing_leaves_nothing(sound: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"'model\..*' is \(128, 128\), the adapters' update \(64, 128\)"):
         run_merge(made, CPU)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_written_is_told_from_what_cannot_be_read(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"output_dir .*: cannot be written \(.*; give another path") as wrong:
+        merge(sound, tmp_path / "file" / "out")
+    assert wrong.value.status == EXIT_USER_ERROR
+
+    def full(path: Path, value: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(artifacts, "write_json", full)
+        with pytest.raises(StorageError, match=r"output_dir .*: cannot be written \(No space left .*free some disk"):
+            merge(sound, tmp_path / "out")
+    opened = Path.open
+
+    def broken(path: Path, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        if path == sound / "base/model.safetensors":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return opened(path, mode, *rest, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", broken)
+        with pytest.raises(UserError, match=r"base_model\.path .*: its model\.safetensors cannot be read") as wrong:
+            merge(sound, tmp_path / "out", output="model")
+    assert wrong.value.status == EXIT_USER_ERROR
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_evaluation_s_output_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(path: Path, *args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", forbidden)
+    with pytest.raises(
+        StorageError, match=r"--output .*: cannot be written \(Permission denied\); give the permission"
+    ):
+        run_evaluation(load_recipe("tiny_math"), CPU, adapter=["x"], output=str(tmp_path / "new" / "found.json"))
+
+
+def test_a_base_is_copied_in_blocks_that_count_as_progress(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(full_model, "COPY_BYTES", 1 << 12)
+    (tmp_path / "copy").mkdir()
+    said = list(full_model.copy_base(Checkpoint(sound / "base"), tmp_path / "copy"))
+    weights = (sound / "base/model.safetensors").read_bytes()
+    assert said.count("copying model.safetensors") == -(-len(weights) // (1 << 12)) > 10
+    assert (tmp_path / "copy/model.safetensors").read_bytes() == weights
+
+
+def test_a_full_model_s_files_are_fetched_with_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {"config.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "LICENSE", "USE_POLICY.md"}
+    for name in (*kept, "pytorch_model.bin", "modeling_x.py", "README.md"):
+        (tmp_path / "hub" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "hub" / name).write_text("{}")
+    save_file({"w": torch.zeros(1)}, tmp_path / "hub" / "model.safetensors")
+
+    def snapshot(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        there = [path.name for path in (tmp_path / "hub").iterdir()]
+        (tmp_path / "cache").mkdir()
+        for found in filter_repo_objects(there, allow_patterns=allow_patterns):
+            shutil.copy(tmp_path / "hub" / found, tmp_path / "cache")
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr(base_files, "snapshot_download", snapshot)
+    base = Checkpoint(base_files.locate(MergeBase(path="org/base")))
+    (tmp_path / "out").mkdir()
+    list(full_model.copy_base(base, tmp_path / "out"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == kept | {"model.safetensors"}
 
 
 def test_nsc_on_a_base_that_is_not_theirs(sound: Path, tmp_path: Path) -> None:
@@ -470,6 +621,10 @@ def test_bad_inputs_of_nsc(sound: Path, tmp_path: Path) -> None:
         merge(sound, tmp_path / "out", method="nsc", inputs=odd)
 
 
+def two(a: float, b: float) -> dict[str, Any]:
+    return {"a": {"path": "x", "coefficient": a}, "b": {"path": "y", "coefficient": b}}
+
+
 RECIPES: list[tuple[dict[str, Any], str]] = [
     ({"adapters": {"a": {"path": "x"}}}, r"at least two, this recipe names 1"),
     ({"adapters": {"a": {"path": "x", "coefficient": 1.0}, "b": {"path": "y"}}}, r"adapters\.b\.coefficient: missing"),
@@ -486,6 +641,13 @@ RECIPES: list[tuple[dict[str, Any], str]] = [
     ({"method": "ties"}, r"target_rank: missing; the result of ties"),
     ({"sparse": {"density": 0.5}}, r"sparse: belongs to method ties or dare_ties"),
     ({"method": "ties", "sparse": {"density": 0.0}, "target_rank": 2}, r"sparse\.density: "),
+    *(
+        (
+            {"method": "gram", "adapters": two(1.0, bad)},
+            r"adapters\.b\.coefficient: is .*method gram weighs .* positive number",
+        )
+        for bad in (0.0, -0.5)
+    ),
     ({"allow_mismatch": ["bases"]}, r"allow_mismatch"),
     ({"target_rank": 0}, r"target_rank: "),
 ]
@@ -512,6 +674,22 @@ def test_recipe_from_file_with_overrides(sound: Path, tmp_path: Path) -> None:
     assert "a: 12 modules, rank 4, base " in said and "density: 0.5" in said
 
 
-def test_shipped_recipe_is_valid() -> None:
+def test_shipped_recipe_merges_what_the_demo_leaves(tmp_path: Path) -> None:
+    """A null-space adapter and a plain LoRA, which was calibrated on nothing."""
     made = load_merge_recipe("merge_tiny")
-    assert made.method == "arithmetic" and Path(made.adapters["lora"].path).parts[-2:] == ("baselines", "lora")
+    assert Path(made.adapters["lora"].path).parts[-3:] == ("tiny_math", "baselines", "lora")
+    assert made.base_model is not None
+    base = Path(made.base_model.path)
+    given = [f"output_dir={tmp_path / 'out'}"]
+    for name, rank, calibration in (("null_space", 16, "2" * 64), ("lora", 8, None)):
+        folder = make_adapter(tmp_path / name, base, "llama", seed=rank, r=rank, lora_alpha=rank)
+        write_provenance(folder, Provenance(Checkpoint(base).fingerprint(), calibration, str(base)))
+        given.append(f"adapters.{name}.path={folder}")
+    run_merge(load_merge_recipe("merge_tiny", given), CPU)
+    found, _ = read_adapter(tmp_path / "out/adapter")
+    wanted = total([peft_updates(tmp_path / name, base, "llama") for name in ("null_space", "lora")], [0.5, 0.5])
+    for name, pair in found.items():
+        assert pair.rank == 24
+        torch.testing.assert_close(dense(pair), wanted[name], atol=1e-6, rtol=0)
+    written = read_provenance(tmp_path / "out/adapter")
+    assert written is not None and written.calibration is None

@@ -129,6 +129,14 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
         ({"data": {"template": "no place for it"}}, "must hold {prompt} exactly once"),
         ({"engine": {"config": "x.json"}}, "engine.config is a DeepSpeed file"),
         ({"calibration": {"probes": {"facts": {"path": "x"}}}}, "names a source and a probe"),
+        (
+            {"calibration": {"probes": {"calibration": {"path": "x"}}}},
+            "mixture of all sources; give the probe another name",
+        ),
+        (
+            {"calibration": {"sources": {"calibration": {"path": "x"}}}},
+            "mixture of all sources; give the source another name",
+        ),
     ],
 )
 def test_impossible_combinations_are_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
