@@ -1,0 +1,67 @@
+"""A base whose forward pass is not embedding, blocks, norm and head is refused where its config is read."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from helpers.world import FAMILIES, SMALL, make_recipe, make_texts
+from nslora_dist.base_model import build_empty
+from nslora_dist.dry_run import describe
+from nslora_dist.errors import UserError
+from nslora_dist.recipe import BaseModelSection
+
+
+def empty(name: str, **changes: Any) -> transformers.PreTrainedModel:
+    config = getattr(transformers, f"{name}Config")(**(SMALL | changes))
+    return build_empty(BaseModelSection(path="there", dtype="float32", attention="eager"), config)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("Granite", {"embedding_multiplier": 12.0}, "embedding_multiplier 12.0"),
+        ("Granite", {"logits_scaling": 8.0}, "logits_scaling 8.0"),
+        ("Cohere", {}, "logit_scale 0.0625"),
+        ("Gemma", {}, "embed_tokens, a GemmaTextScaledWordEmbedding"),
+        ("Gemma2", {}, "final_logit_softcapping 30.0"),
+        ("Gemma2", {"final_logit_softcapping": None}, "embed_tokens, a Gemma2TextScaledWordEmbedding"),
+        ("GPT2", {}, "has not the LLaMA layout"),
+    ],
+)
+def test_what_is_done_between_the_parts_is_refused(name: str, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match="base_model.path there: ") as caught:
+        empty(name, **changes)
+    assert said in str(caught.value) and "LLaMA, Mistral, Qwen 2 or Qwen 3" in str(caught.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_that_is_supported_is_taken(family: str) -> None:
+    name, settings = FAMILIES[family]
+    assert len(empty(name, **settings).model.layers) == 2
+
+
+def test_scales_inside_blocks_and_neutral_ones_are_taken() -> None:
+    neutral = {"embedding_multiplier": 1.0, "logits_scaling": 1}
+    assert len(empty("Granite", residual_multiplier=0.22, attention_multiplier=0.1, **neutral).model.layers) == 2
+
+
+def test_a_further_part_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = transformers.LlamaModel.__init__
+
+    def with_more(self: Any, *args: Any, **more: Any) -> None:
+        made(self, *args, **more)
+        self.embed_positions = torch.nn.Embedding(8, 64)
+
+    monkeypatch.setattr(transformers.LlamaModel, "__init__", with_more)
+    with pytest.raises(UserError, match=r"parts that the LLaMA layout has not, model\.embed_positions"):
+        empty("Llama")
+
+
+def test_the_dry_run_refuses_too(tmp_path: Path) -> None:
+    transformers.GraniteConfig(**(SMALL | {"logits_scaling": 8.0})).save_pretrained(tmp_path / "base")
+    recipe = make_recipe(make_texts(tmp_path), tmp_path / "base", tmp_path / "run")
+    with pytest.raises(UserError, match=r"logits_scaling 8\.0"):
+        describe(recipe)
