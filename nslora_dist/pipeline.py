@@ -269,9 +269,9 @@ def run_calibration(recipe: Recipe, device: torch.device) -> None:
     run = Run(recipe, device)
     claim_folder(recipe)
     if recipe.adapter.method == "null_lora":
-        run.weight_null_space(recipe)
-        if dist.is_main():
-            print(f"null spaces of the weights: {run.folder / 'weight_null_space'}")
+        weights = run.weight_null_space(recipe)
+        if dist.is_main() and weights is not None:
+            print(f"null spaces of the weights: {weights.place(run.folder, weights.manifest['key'])}")
         return
     leak = run.null_space().leak()
     if dist.is_main():
