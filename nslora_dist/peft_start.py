@@ -55,7 +55,8 @@ def peft_interference(
     """How much a model started by ``init_peft`` disturbs what was calibrated on, at any time (METHODS.md §1c).
 
     Returns:
-        Source or probe → module → ‖ΔW X‖_F / ‖W X‖_F on the calibration's activations.
+        Source or probe → module → ‖ΔW X‖_F / ‖W X‖_F on the calibration's activations; without the modules whose W X
+        is zero.
     """
     null_space = _read(Path(null_space_folder))
     layers = _lora_layers(model, adapter_name)
@@ -64,8 +65,9 @@ def peft_interference(
     for name, start in null_space.starts(layers, device=some.device):
         b = layers[name].scaling[adapter_name] * whole(layers[name].lora_B[adapter_name].weight).float()
         for source, gram in start.update_grams.items():
-            value = interference(gram, b.to(gram.device), start.references[source])
-            found.setdefault(source, {})[name] = float(value)
+            if start.references[source] > 0:
+                value = interference(gram, b.to(gram.device), start.references[source])
+                found.setdefault(source, {})[name] = float(value)
     return found
 
 
