@@ -56,6 +56,9 @@ def measure(
         batch_size: sequences of a rank at once.
         device: of the engine.
         with_divergence: without it there is one pass over the texts and not two.
+
+    Raises:
+        Preempted: a rank was asked to stop.
     """
     found = []
     for text in texts:
@@ -63,6 +66,7 @@ def measure(
         seen = Observation()
         total = torch.zeros(2, dtype=torch.float64, device=device)
         for batch in even_batches(batches, device=device):
+            dist.stop_if_asked(f"evaluation: stopped in the effect on {text.name}")
             watch.progress(f"effect on {text.name}")
             real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
             seen.mask = (real.bool() & (batch.unmasked_padding == 0)).to(device)

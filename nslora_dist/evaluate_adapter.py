@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from nslora_dist import dist
+from nslora_dist import dist, watch
 from nslora_dist.adapter_set import AdapterSet, put_to_work
 from nslora_dist.artifacts import write_json
 from nslora_dist.base_config import load_config
@@ -51,8 +51,10 @@ def run_evaluation(recipe: Recipe, device: torch.device, *, adapter: Sequence[st
 
     Raises:
         UserError: whatever is wrong with the recipe, an adapter or ``output``; nothing is written then.
+        Preempted: a rank was asked to stop; nothing is written then either.
     """
     started = time.perf_counter()
+    watch.saved("the beginning, for nothing is written before the last adapter is done")
     folders = named_folders(adapter)
     target = Path(output)
     with dist.together("reading the adapters"):

@@ -46,7 +46,6 @@ class Run:
         self.recipe, self.device = recipe, device
         self.folder = Path(recipe.output_dir)
         self.clock = watch.Clock()
-        recipe.train.accumulation(dist.world_size())
         with dist.together("finding the base model"):
             self.base_folder = locate(recipe.base_model)
             self.checkpoint = Checkpoint(self.base_folder)
@@ -159,6 +158,7 @@ class Run:
         """
         recipe = self.recipe
         baselines = {name: recipe.arm(name) for name in recipe.evaluation.baselines}
+        recipe.train.accumulation(dist.world_size())
         for arm in baselines.values():  # now, and not after hours of training the first arm
             arm.train.accumulation(dist.world_size())
             self._groups(arm)

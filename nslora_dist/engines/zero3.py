@@ -40,14 +40,19 @@ class _PartitionLocally(Init):
 
 
 def deepspeed_config(recipe: Recipe, *, world_size: int) -> dict[str, Any]:
-    """The whole DeepSpeed config: ZeRO knobs from ``engine.config``, everything else from the recipe."""
+    """The whole DeepSpeed config: ZeRO knobs from ``engine.config``, everything else from the recipe.
+
+    DeepSpeed wants a batch that divides over the ranks, even of who only evaluates. For training that was
+    checked before.
+    """
     settings = {} if recipe.engine.config is None else check_zero_config(recipe)
     bf16 = recipe.base_model.dtype == "bfloat16"
+    train = recipe.train.fitting(world_size)
     return settings | {
-        "train_batch_size": recipe.train.global_batch_size,
-        "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
-        "gradient_accumulation_steps": recipe.train.accumulation(world_size),
-        "gradient_clipping": recipe.train.max_grad_norm,
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.accumulation(world_size),
+        "gradient_clipping": train.max_grad_norm,
         "bf16": {"enabled": bf16},
         # Gradients are summed over micro-batches and ranks in float32, as FSDP2's are.
         "communication_data_type": "fp32",
