@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from nslora_dist import dist, watch
 from nslora_dist.adapter_set import AdapterSet, put_to_work
 from nslora_dist.artifacts import write_json
-from nslora_dist.base_config import load_config
+from nslora_dist.base_config import check_context, load_config
 from nslora_dist.base_files import Checkpoint, locate
 from nslora_dist.base_model import build_empty, torch_dtype
 from nslora_dist.base_weights import fill_unit
@@ -62,6 +62,7 @@ def run_evaluation(recipe: Recipe, device: torch.device, *, adapter: Sequence[st
         base = locate(recipe.base_model)
         checkpoint = Checkpoint(base)
         config = load_config(recipe.base_model)
+        check_context(config, "calibration.sequence_length", recipe.calibration.sequence_length)
         shapes = linear_shapes(recipe, config)
         stored = {name: read_fitting(name, folder, shapes) for name, folder in folders.items()}
         described = _describe(stored, folders, checkpoint) if dist.is_main() else {}

@@ -10,7 +10,7 @@ import torch
 from nslora_dist import artifacts, dist, watch
 from nslora_dist.arm_job import Arm, make_job
 from nslora_dist.arm_stage import Bench, run_arm
-from nslora_dist.base_config import load_config
+from nslora_dist.base_config import check_context, load_config
 from nslora_dist.base_files import Checkpoint, locate
 from nslora_dist.base_model import build_empty
 from nslora_dist.calibration import store
@@ -50,6 +50,7 @@ class Run:
             self.base_folder = locate(recipe.base_model)
             self.checkpoint = Checkpoint(self.base_folder)
             self.config = load_config(recipe.base_model)
+            check_context(self.config, "calibration.sequence_length", recipe.calibration.sequence_length)
         self.groups = self._groups(recipe)
         with self.clock.phase("data"):
             self.tokenizer = load_tokenizer(recipe.base_model)
@@ -159,6 +160,8 @@ class Run:
         recipe = self.recipe
         baselines = {name: recipe.arm(name) for name in recipe.evaluation.baselines}
         recipe.train.accumulation(dist.world_size())
+        if not recipe.data.packing:  # a pack may be longer: positions begin anew with each of its samples
+            check_context(self.config, "data.max_length", recipe.data.max_length)
         for arm in baselines.values():  # now, and not after hours of training the first arm
             arm.train.accumulation(dist.world_size())
             self._groups(arm)

@@ -7,7 +7,8 @@ import pytest
 import torch
 import transformers
 
-from helpers.world import FAMILIES, SMALL, make_recipe, make_texts
+from helpers.world import FAMILIES, SMALL, make_recipe
+from nslora_dist.base_config import check_context
 from nslora_dist.base_model import build_empty
 from nslora_dist.dry_run import describe
 from nslora_dist.errors import UserError
@@ -60,8 +61,33 @@ def test_a_further_part_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         empty("Llama")
 
 
+@pytest.mark.parametrize("key", ["calibration.sequence_length", "data.max_length"])
+def test_rows_longer_than_the_context_are_refused(tmp_path: Path, key: str) -> None:
+    transformers.LlamaConfig(**SMALL).save_pretrained(tmp_path / "base")
+    section, name = key.split(".")
+
+    def dry_run(length: int, **data: Any) -> None:
+        changes: dict[str, Any] = {"data": data}
+        changes[section] = changes.get(section, {}) | {name: length}
+        describe(make_recipe(tmp_path, tmp_path / "base", tmp_path / "run", **changes))
+
+    dry_run(256)
+    with pytest.raises(UserError, match=rf"{key} 257: .* made for 256 tokens .* set {key}=256 at most"):
+        dry_run(257)
+    if key == "data.max_length":  # a pack of shorter rows
+        dry_run(257, packing=True)
+
+
+def test_a_scaled_rotary_embedding_has_a_longer_context() -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 256}
+    config = transformers.LlamaConfig(**(SMALL | {"rope_parameters": yarn}))
+    check_context(config, "data.max_length", 1024)
+    with pytest.raises(UserError, match="made for 1024 tokens"):
+        check_context(config, "data.max_length", 1025)
+
+
 def test_the_dry_run_refuses_too(tmp_path: Path) -> None:
     transformers.GraniteConfig(**(SMALL | {"logits_scaling": 8.0})).save_pretrained(tmp_path / "base")
-    recipe = make_recipe(make_texts(tmp_path), tmp_path / "base", tmp_path / "run")
+    recipe = make_recipe(tmp_path, tmp_path / "base", tmp_path / "run")
     with pytest.raises(UserError, match=r"logits_scaling 8\.0"):
         describe(recipe)
