@@ -194,12 +194,16 @@ class AdaptedLinear(Adapter):
 
     @torch.no_grad()
     def _measure_interference(self) -> None:
-        """Interference per source and probe from the gathered B, r × r work a module (METHODS.md §1c)."""
+        """Interference per source and probe from the gathered B, r × r work a module (METHODS.md §1c).
+
+        A base that puts out nothing but zeros there leaves nothing to measure against, and no number.
+        """
         b = self.lora_B.float()
         if self.start_B is not None:
             b = b - self.start_B.float()
         for name, gram in self.update_grams.items():
-            self.interference[name] = interference(gram, self.scale * b, self.references[name])
+            if self.references[name] > 0:
+                self.interference[name] = interference(gram, self.scale * b, self.references[name])
 
 
 def adapted_linears(model: nn.Module) -> dict[str, Adapter]:

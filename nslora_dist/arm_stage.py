@@ -158,5 +158,5 @@ def start_hash(arm: Arm, run: Path) -> str | None:
     found: str | None = None
     with dist.together("reading the null space"):
         if dist.is_main():
-            found = listed_files(run / arm.null_space.FOLDER)
+            found = listed_files(arm.null_space.place(run, arm.null_space.manifest["key"]))
     return str(dist.share(found))

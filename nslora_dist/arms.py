@@ -12,6 +12,7 @@ from nslora_dist.batches import IGNORED
 from nslora_dist.evaluate import EvaluationSets
 from nslora_dist.export import WEIGHTS_FILE
 from nslora_dist.recipe import Recipe
+from nslora_dist.report import strict
 
 log = logging.getLogger("nslora_dist")
 
@@ -48,12 +49,12 @@ class FinishedArm:
         return figures
 
     def write(self, figures: dict[str, Any]) -> None:
-        """Keeps the figures; after the adapter has been written."""
+        """Keeps the figures, null for what is not finite (a metric of lm-eval, say); after the adapter is written."""
         with dist.together("keeping an arm's figures"):
             if dist.is_main():
                 self.path.parent.mkdir(exist_ok=True)
                 kept = {"key": self.key, "adapter": artifacts.hash_file(self.adapter / WEIGHTS_FILE)}
-                artifacts.write_json(self.path, kept | {"figures": figures})
+                artifacts.write_json(self.path, kept | {"figures": strict(figures)})
 
 
 class BaseScores:
@@ -76,11 +77,11 @@ class BaseScores:
         return scores
 
     def write(self, scores: dict[str, Any]) -> None:
-        """Keeps them."""
+        """Keeps them, null for what is not finite."""
         with dist.together("keeping the base's scores"):
             if dist.is_main():
                 self.path.parent.mkdir(exist_ok=True)
-                artifacts.write_json(self.path, {"key": self.key, "scores": scores})
+                artifacts.write_json(self.path, {"key": self.key, "scores": strict(scores)})
 
 
 def evaluation_hash(sets: EvaluationSets) -> str:

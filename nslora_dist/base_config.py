@@ -58,6 +58,34 @@ def planning_config(section: BaseModelSection) -> PreTrainedConfig:
     return _read_config(section, section.config, "base_model.config")
 
 
+def check_context(config: PreTrainedConfig, key: str, length: int) -> None:
+    """Whether rows of ``length`` tokens, which the recipe's ``key`` allows, are within what the base was made for.
+
+    Positions beyond it have a rotary embedding as well, but one that the model has never seen.
+
+    Raises:
+        UserError: they are not; the message has both numbers.
+    """
+    context = _context(config)
+    if context is not None and length > context:
+        raise UserError(
+            f"{key} {length}: the base is made for {context} tokens (max_position_embeddings in its config); "
+            f"set {key}={context} at most"
+        )
+
+
+def _context(config: PreTrainedConfig) -> int | None:
+    """Positions that the base is made for, a scaled rotary embedding's counted; None where its config does not say."""
+    most = getattr(config, "max_position_embeddings", None)
+    if not isinstance(most, int):
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
+    if not isinstance(factor, int | float):
+        return most
+    return max(most, int(factor * (original if isinstance(original, int) else most)))
+
+
 def _read_config(section: BaseModelSection, path: str, key: str) -> PreTrainedConfig:
     if is_local(path, key=key) and not Path(path).is_dir():
         raise UserError(f"{key} {path}: no such folder")

@@ -21,6 +21,14 @@ if TYPE_CHECKING:
     from nslora_dist.recipe import BaseModelSection
 
 
+PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
+"""What ``model.model`` is made of in the LLaMA layout."""
+SCALES = ("embedding_multiplier", "logit_scale", "logits_scaling", "lm_head_multiplier", "mup_enabled")
+"""Keys of a config that scale embeddings or logits *outside* the blocks, unless they are 1 or off."""
+CAPS = ("final_logit_softcapping",)
+"""The same for keys that change logits unless they are absent or null."""
+
+
 def torch_dtype(section: BaseModelSection) -> torch.dtype:
     """The dtype the base computes in and is stored in."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[section.dtype]
@@ -49,14 +57,7 @@ def build_empty(section: BaseModelSection, config: PreTrainedConfig) -> PreTrain
     except Exception as error:  # a model's own code says in many ways that its sizes do not fit each other
         said = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"base_model.path {section.path}: no model can be built from its config ({said})") from error
-    inner = getattr(model, "model", None)
-    if not all(hasattr(inner, part) for part in ("embed_tokens", "layers", "norm", "rotary_emb")):
-        raise UserError(
-            f"base_model.path {section.path}: {type(model).__name__} has not the LLaMA layout "
-            "(model.embed_tokens, model.layers, model.norm, model.rotary_emb, lm_head)"
-        )
-    if getattr(model.lm_head, "bias", None) is not None:
-        raise UserError(f"base_model.path {section.path}: its lm_head has a bias, which the LLaMA layout has not")
+    _check_layout(model, section.path)
     model.lm_head = FrozenHead(model.lm_head.weight)
     model.requires_grad_(False)
     model.config.use_cache = False
@@ -70,6 +71,43 @@ def build_empty(section: BaseModelSection, config: PreTrainedConfig) -> PreTrain
                 )
             block.set_submodule(name, FrozenLinear(linear, quantized=quantized, dtype=dtype))
     return model
+
+
+def _check_layout(model: PreTrainedModel, path: str) -> None:
+    """Whether the base is embedding, blocks, norm and head, and nothing else is done to what goes through them.
+
+    Calibration sends hidden states through one block at a time, and the head is called on its own: what a model's own
+    forward pass does between the parts would be done once a block, or not at all.
+
+    Raises:
+        UserError: it is not; the message names what is in the way.
+    """
+    where, kind = f"base_model.path {path}", type(model).__name__
+    remedy = "use a base of the layout of LLaMA, Mistral, Qwen 2 or Qwen 3"
+    inner: Any = getattr(model, "model", None)
+    if not all(hasattr(inner, part) for part in PARTS):
+        raise UserError(
+            f"{where}: {kind} has not the LLaMA layout (model.embed_tokens, model.layers, model.norm, "
+            f"model.rotary_emb, lm_head); {remedy}"
+        )
+    if getattr(model.lm_head, "bias", None) is not None:
+        raise UserError(f"{where}: its lm_head has a bias, which the LLaMA layout has not; {remedy}")
+    for key in (*SCALES, *CAPS):
+        value = getattr(model.config, key, None)
+        if value is None or value is False or (key in SCALES and value == 1):
+            continue
+        raise UserError(
+            f"{where}: its config has {key} {value}, and embeddings and logits are used here as they are, unscaled; "
+            f"{remedy}"
+        )
+    if type(inner.embed_tokens) is not nn.Embedding:
+        raise UserError(
+            f"{where}: its embed_tokens, a {type(inner.embed_tokens).__name__}, does more than look tokens up; {remedy}"
+        )
+    held = [name for name, part in inner.named_children() if any(True for _ in (*part.parameters(), *part.buffers()))]
+    held += [name for name, _ in (*inner.named_parameters(recurse=False), *inner.named_buffers(recurse=False))]
+    if more := [name for name in held if name not in PARTS]:
+        raise UserError(f"{where}: {kind} has parts that the LLaMA layout has not, model.{more[0]}; {remedy}")
 
 
 def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -1,6 +1,7 @@
 """The model card of an adapter, and the tables it shares with the report."""
 
 import importlib.metadata
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ def percent(value: float | None) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three significant digits; "–" for what was not measured."""
-    return "–" if value is None else f"{value:.3g}"
+    """Three significant digits; "–" for what was not measured, or is no number."""
+    return "–" if value is None or math.isnan(value) else f"{value:.3g}"
 
 
 def arm_label(arm: str) -> str:

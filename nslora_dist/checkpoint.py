@@ -6,7 +6,8 @@ states of seed, step and rank, so neither the engine nor the number of ranks is 
 
 Order of events, so that no moment of a death leaves half a checkpoint: every rank copies its shards to host memory and
 writes them in a thread into ``.step-N.partial``; between two later steps, when every rank's file is on the disk and
-the step after N has shown a finite loss, rank 0 adds the manifest and renames the folder.
+the step after N has shown a finite loss, rank 0 adds the manifest and renames the folder. Where no step follows, at the
+end and when asked to stop, it does so at once.
 """
 
 import logging

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nslora_dist import logs, watch
-from nslora_dist.errors import BY_STATUS, EXIT_BUG, RankLost, UserError, storage_error
+from nslora_dist.errors import BY_STATUS, EXIT_BUG, Preempted, RankLost, UserError, storage_error
 from nslora_dist.guard import HEARTBEAT_SECONDS, Guard
 from nslora_dist.peers import Peers
 
@@ -290,6 +290,19 @@ def stopping() -> bool:
     if asked and not watch.stop_asked():
         watch.ask_stop("another rank")
     return asked
+
+
+def stop_if_asked(what: str) -> None:
+    """Leaves at a boundary where any rank was asked to stop; collective.
+
+    Args:
+        what: it is that stops here, as in ``evaluation: stopped before french``.
+
+    Raises:
+        Preempted: one was.
+    """
+    if stopping():
+        raise Preempted(f"{what}, as asked; the same command continues from {watch.continues_from()}")
 
 
 @contextmanager

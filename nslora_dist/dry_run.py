@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import replace
 
 from nslora_dist.attach import planned_sizes
-from nslora_dist.base_config import planning_config
+from nslora_dist.base_config import check_context, planning_config
 from nslora_dist.base_model import build_empty
 from nslora_dist.frozen import FrozenLinear
 from nslora_dist.input_groups import LinearShape, input_groups, target_groups
@@ -18,6 +18,9 @@ def describe(recipe: Recipe) -> str:
         UserError: the config cannot be had, or the recipe does not fit the model.
     """
     config = planning_config(recipe.base_model)
+    check_context(config, "calibration.sequence_length", recipe.calibration.sequence_length)
+    if not recipe.data.packing:
+        check_context(config, "data.max_length", recipe.data.max_length)
     model = build_empty(recipe.base_model, config)
     groups = target_groups(input_groups(model), recipe.adapter)
     adapter = recipe.adapter

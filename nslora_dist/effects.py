@@ -15,6 +15,9 @@ from nslora_dist.data import Batch, TrainingData
 from nslora_dist.engines import Engine
 from nslora_dist.supervised import Compared
 
+SMALLEST = 1e-300
+"""In place of an energy of zero that something is divided by."""
+
 
 @dataclass(frozen=True)
 class Effect:
@@ -53,6 +56,9 @@ def measure(
         batch_size: sequences of a rank at once.
         device: of the engine.
         with_divergence: without it there is one pass over the texts and not two.
+
+    Raises:
+        Preempted: a rank was asked to stop.
     """
     found = []
     for text in texts:
@@ -60,6 +66,7 @@ def measure(
         seen = Observation()
         total = torch.zeros(2, dtype=torch.float64, device=device)
         for batch in even_batches(batches, device=device):
+            dist.stop_if_asked(f"evaluation: stopped in the effect on {text.name}")
             watch.progress(f"effect on {text.name}")
             real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
             seen.mask = (real.bool() & (batch.unmasked_padding == 0)).to(device)
@@ -91,13 +98,13 @@ def even_batches(batches: list[Batch], *, device: torch.device) -> list[Batch]:
 def mixture(effects: Sequence[Effect]) -> dict[str, Tensor]:
     """Module → the sources' energies, (3,) float64: each source by its weight over the energy of its inputs.
 
-    As its Gram counts in METHODS.md §1d.
+    As its Gram counts in METHODS.md §1d. A source whose inputs are all zero adds nothing.
     """
     mixed: dict[str, Tensor] = {}
     for effect in effects:
         if effect.weight is not None:
             for module, energies in effect.energies.items():
-                share = effect.weight / energies[2] * energies
+                share = effect.weight / energies[2].clamp_min(SMALLEST) * energies
                 mixed[module] = mixed[module] + share if module in mixed else share
     return mixed
 
@@ -105,12 +112,13 @@ def mixture(effects: Sequence[Effect]) -> dict[str, Tensor]:
 def interference(effects: Sequence[Effect]) -> dict[str, dict[str, Tensor]]:
     """Source, probe or ``calibration``, the mixture → module → ‖ΔW X‖_F / ‖W X‖_F, () float64 (METHODS.md §1d).
 
+    A module whose W X is zero has none, as the output projections of a block that was added to a base: it is left out.
     For adapters whose A trained or whose calibration did not keep A G Aᵀ; the delta form with frozen A knows the same
     number from r × r matrices.
     """
     by_name = {effect.name: effect.energies for effect in effects} | {MIXTURE: mixture(effects)}
     return {
-        name: {module: (update / output).sqrt() for module, (update, output, _) in energies.items()}
+        name: {module: (update / output).sqrt() for module, (update, output, _) in energies.items() if output > 0}
         for name, energies in by_name.items()
     }
 
@@ -143,7 +151,10 @@ def final_interference(
 
 
 def live_interference(engine: Engine) -> dict[str, dict[str, Tensor]]:
-    """name → module → (), what the last forward pass with ``measure`` set left on the adapted linears."""
+    """name → module → (), what the last forward pass with ``measure`` set left on the adapted linears.
+
+    Without the modules that ``interference`` leaves out.
+    """
     found: dict[str, dict[str, Tensor]] = {}
     for module, adapted in adapted_linears(engine.model).items():
         for name, value in adapted.interference.items():
@@ -158,18 +169,20 @@ def summarise(
 ) -> dict[str, Any]:
     """``max``, ``mean``, ``rms`` and ``per_module`` of the mixture; ``by_source``, ``by_probe`` with the first three.
 
-    Where ``divergence`` is given, each of them has its ``divergence`` too.
+    Where ``divergence`` is given, each of them has its ``divergence`` too. None where no module has an interference.
     """
 
-    def ends(name: str) -> dict[str, float]:
-        stacked = torch.stack(list(found[name].values())).double()
-        rms = stacked.square().mean().sqrt()
-        ends = {"max": float(stacked.max()), "mean": float(stacked.mean()), "rms": float(rms)}
+    def ends(name: str) -> dict[str, float | None]:
+        ends: dict[str, float | None] = dict.fromkeys(("max", "mean", "rms"))
+        if values := list(found.get(name, {}).values()):
+            stacked = torch.stack(values).double()
+            rms = stacked.square().mean().sqrt()
+            ends = {"max": float(stacked.max()), "mean": float(stacked.mean()), "rms": float(rms)}
         return ends if divergence is None else ends | {"divergence": divergence[name]}
 
     return {
         **ends(MIXTURE),
-        "per_module": {module: float(value) for module, value in found[MIXTURE].items()},
+        "per_module": {module: float(value) for module, value in found.get(MIXTURE, {}).items()},
         "by_source": {text.name: ends(text.name) for text in texts if text.weight is not None},
         "by_probe": {text.name: ends(text.name) for text in texts if text.weight is None},
     }

@@ -12,7 +12,6 @@ from nslora_dist import dist, watch
 from nslora_dist.bad_rows import RowCounts
 from nslora_dist.data import Batch, deal_evaluation, evaluation_samples
 from nslora_dist.engines import Engine
-from nslora_dist.errors import Preempted
 from nslora_dist.lm_eval_bridge import LmEval
 from nslora_dist.recipe import EvaluationSection, PromptSet
 
@@ -77,10 +76,7 @@ def exact_match(engine: Engine, batches: Sequence[Batch], *, device: torch.devic
     Raises:
         Preempted: a rank was asked to stop before the set named ``name``.
     """
-    if dist.stopping():
-        raise Preempted(
-            f"evaluation: stopped before {name}, as asked; the same command continues from {watch.continues_from()}"
-        )
+    dist.stop_if_asked(f"evaluation: stopped before {name}")
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for number, batch in enumerate(batches, start=1):
         watch.progress(f"{name}, batch {number} of {len(batches)}")

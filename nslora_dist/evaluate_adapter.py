@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from nslora_dist import dist
+from nslora_dist import dist, watch
 from nslora_dist.adapter_set import AdapterSet, put_to_work
 from nslora_dist.artifacts import write_json
-from nslora_dist.base_config import load_config
+from nslora_dist.base_config import check_context, load_config
 from nslora_dist.base_files import Checkpoint, locate
 from nslora_dist.base_model import build_empty, torch_dtype
 from nslora_dist.base_weights import fill_unit
@@ -51,8 +51,10 @@ def run_evaluation(recipe: Recipe, device: torch.device, *, adapter: Sequence[st
 
     Raises:
         UserError: whatever is wrong with the recipe, an adapter or ``output``; nothing is written then.
+        Preempted: a rank was asked to stop; nothing is written then either.
     """
     started = time.perf_counter()
+    watch.saved("the beginning, for nothing is written before the last adapter is done")
     folders = named_folders(adapter)
     target = Path(output)
     with dist.together("reading the adapters"):
@@ -60,6 +62,7 @@ def run_evaluation(recipe: Recipe, device: torch.device, *, adapter: Sequence[st
         base = locate(recipe.base_model)
         checkpoint = Checkpoint(base)
         config = load_config(recipe.base_model)
+        check_context(config, "calibration.sequence_length", recipe.calibration.sequence_length)
         shapes = linear_shapes(recipe, config)
         stored = {name: read_fitting(name, folder, shapes) for name, folder in folders.items()}
         described = _describe(stored, folders, checkpoint) if dist.is_main() else {}

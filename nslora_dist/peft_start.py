@@ -60,7 +60,8 @@ def peft_interference(
         adapter_name: PEFT's name of the adapter.
 
     Returns:
-        Source or probe → module → ‖ΔW X‖_F / ‖W X‖_F on the calibration's activations.
+        Source or probe → module → ‖ΔW X‖_F / ‖W X‖_F on the calibration's activations; without the modules whose W X
+        is zero.
 
     Raises:
         UserError: no LoRA layers, or a null space that is not theirs; on every rank.
@@ -71,8 +72,9 @@ def peft_interference(
     for name, start in null_space.starts(layers, device=some.device):
         b = layers[name].scaling[adapter_name] * whole(layers[name].lora_B[adapter_name].weight).float()
         for source, gram in start.update_grams.items():
-            value = interference(gram, b.to(gram.device), start.references[source])
-            found.setdefault(source, {})[name] = float(value)
+            if start.references[source] > 0:
+                value = interference(gram, b.to(gram.device), start.references[source])
+                found.setdefault(source, {})[name] = float(value)
     return found
 
 

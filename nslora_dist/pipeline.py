@@ -10,7 +10,7 @@ import torch
 from nslora_dist import artifacts, dist, watch
 from nslora_dist.arm_job import Arm, make_job
 from nslora_dist.arm_stage import Bench, run_arm
-from nslora_dist.base_config import load_config
+from nslora_dist.base_config import check_context, load_config
 from nslora_dist.base_files import Checkpoint, locate
 from nslora_dist.base_model import build_empty
 from nslora_dist.calibration import store
@@ -46,11 +46,11 @@ class Run:
         self.recipe, self.device = recipe, device
         self.folder = Path(recipe.output_dir)
         self.clock = watch.Clock()
-        recipe.train.accumulation(dist.world_size())
         with dist.together("finding the base model"):
             self.base_folder = locate(recipe.base_model)
             self.checkpoint = Checkpoint(self.base_folder)
             self.config = load_config(recipe.base_model)
+            check_context(self.config, "calibration.sequence_length", recipe.calibration.sequence_length)
         self.groups = self._groups(recipe)
         with self.clock.phase("data"):
             self.tokenizer = load_tokenizer(recipe.base_model)
@@ -159,6 +159,9 @@ class Run:
         """
         recipe = self.recipe
         baselines = {name: recipe.arm(name) for name in recipe.evaluation.baselines}
+        recipe.train.accumulation(dist.world_size())
+        if not recipe.data.packing:  # a pack may be longer: positions begin anew with each of its samples
+            check_context(self.config, "data.max_length", recipe.data.max_length)
         for arm in baselines.values():  # now, and not after hours of training the first arm
             arm.train.accumulation(dist.world_size())
             self._groups(arm)
@@ -269,9 +272,9 @@ def run_calibration(recipe: Recipe, device: torch.device) -> None:
     run = Run(recipe, device)
     claim_folder(recipe)
     if recipe.adapter.method == "null_lora":
-        run.weight_null_space(recipe)
-        if dist.is_main():
-            print(f"null spaces of the weights: {run.folder / 'weight_null_space'}")
+        weights = run.weight_null_space(recipe)
+        if dist.is_main() and weights is not None:
+            print(f"null spaces of the weights: {weights.place(run.folder, weights.manifest['key'])}")
         return
     leak = run.null_space().leak()
     if dist.is_main():

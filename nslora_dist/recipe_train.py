@@ -56,6 +56,11 @@ class TrainSection(Section):
             )
         return self.global_batch_size // per_pass
 
+    def fitting(self, world_size: int) -> "TrainSection":
+        """The same with a global batch that divides over the ranks, for work on a recipe that trains nothing."""
+        per_pass = self.micro_batch_size * world_size
+        return self.model_copy(update={"global_batch_size": -(-self.global_batch_size // per_pass) * per_pass})
+
 
 class EngineSection(Section):
     """Who shards parameters, gradients and optimizer state."""

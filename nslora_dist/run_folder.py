@@ -1,6 +1,7 @@
 """The run folder: claimed for one recipe, never shared with another's run or somebody's files."""
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,19 @@ from nslora_dist.yaml_file import parse_yaml, read_yaml
 PARTIAL = ".recipe.yaml.partial"
 """All that a process leaves which dies while it claims a folder."""
 
+BEGUN = ("checkpoints", "arms", "adapter", "baselines")
+"""What training leaves; ``arms/base.json`` is there before its first step."""
+AFTER_CALIBRATION = re.compile(
+    r"(name|data|train|evaluation|adapter\.(alpha|freeze_a|interference_budget|budget_over))(\.|$)"
+)
+"""Keys that no null space depends on: another value, and what was calibrated before training began still fits."""
+
 
 def claim_folder(recipe: Recipe) -> None:
     """Makes the run folder this recipe's own; another recipe's, or somebody's files, are left alone.
 
-    The engine may differ, for everything in the folder can move between engines.
+    The engine may differ, for everything in the folder can move between engines. Where no training has begun, a null
+    space lies there at most, and all may differ that it does not depend on (``AFTER_CALIBRATION``).
 
     Raises:
         UserError: the folder holds something else, a link to somewhere else, or, with ``resume: never``, anything that
@@ -32,15 +41,17 @@ def claim_folder(recipe: Recipe) -> None:
 def _claim(folder: Path, recipe: Recipe) -> None:
     refuse_links(folder)
     known = folder / "recipe.yaml"
+    begun = [name for name in BEGUN if (folder / name).exists()]
     if known.is_file():
         theirs, ours = read_yaml(known), without_volatile(parse_yaml(recipe.to_yaml()))
         different = sorted(_differences(without_volatile(theirs) if isinstance(theirs, dict) else {}, ours))
+        if not begun:
+            different = [key for key in different if not AFTER_CALIBRATION.match(key)]
         if different:
             raise UserError(
-                f"output_dir {folder}: holds another recipe's run ({', '.join(different[:3])} differ); "
-                "give output_dir=another/folder, or move that one away"
+                f"output_dir {folder}: holds another recipe's {'run' if begun else 'calibration'} "
+                f"({', '.join(different[:3])} differ); give output_dir=another/folder, or move that one away"
             )
-        begun = [name for name in ("checkpoints", "arms", "adapter", "baselines") if (folder / name).exists()]
         if begun and recipe.resume == "never":
             raise UserError(
                 f"resume never: {folder} holds this recipe's run ({', '.join(begun)}); resume=auto goes on from "

@@ -15,7 +15,6 @@ from transformers import DynamicCache
 from nslora_dist import dist, watch
 from nslora_dist.batches import IGNORED, filler, pad_right
 from nslora_dist.engines import Engine
-from nslora_dist.errors import Preempted
 from nslora_dist.supervised import Continued, Scored
 
 T = TypeVar("T")
@@ -112,7 +111,7 @@ def continuations(
             if count and dist.everywhere(all(done)):
                 break
             if count % STOP_EVERY == STOP_EVERY - 1:
-                _stop_if_asked(name)
+                dist.stop_if_asked(f"evaluation: stopped in {name}")
             positions = (mask.cumsum(1) - 1).clamp_(min=0)[:, -ids.shape[1] :]
             ids = engine.matches(Continued(ids, mask, positions, ids, cache=cache))[:, None]
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
@@ -139,7 +138,7 @@ def _in_turns(
 
     mine: list[T] = []
     for turn in turns:
-        _stop_if_asked(name)
+        dist.stop_if_asked(f"evaluation: stopped in {name}")
         watch.progress(f"{name}, batch {turn + 1} of {len(turns)}")
         mine += work([rows[number] for number in batch(turn, dist.rank())])
     found: list[Iterator[T]] = [iter(part) for part in dist.gather(mine)]
@@ -147,10 +146,3 @@ def _in_turns(
         number: next(found[rank]) for turn in turns for rank in range(len(found)) for number in batch(turn, rank)
     }
     return [by_number[number] for number in range(len(rows))]
-
-
-def _stop_if_asked(name: str) -> None:
-    if dist.stopping():
-        raise Preempted(
-            f"evaluation: stopped in {name}, as asked; the same command continues from {watch.continues_from()}"
-        )

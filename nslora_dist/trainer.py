@@ -145,7 +145,11 @@ def train(
             interference = live_interference(engine)
             if dist.is_main():
                 scalars.add(step, values | _interference_tags(interference))
-            most = f" interference {max(map(float, interference[MIXTURE].values())):.3f}" if interference else ""
+            most = (
+                f" interference {max(map(float, interference[MIXTURE].values())):.3f}"
+                if MIXTURE in interference
+                else ""
+            )
             bar.set_postfix_str(f"loss {loss:.4f}{most}")
     if checkpoints is not None:
         checkpoints.write(engine, total, asdict(result))

@@ -56,13 +56,16 @@ def collect_update_grams(
 
     Args:
         model: holds adapted linears; it may be sharded.
-        batches: this rank's share, on any device. A sharded model wants the same number of batches on
-            every rank. The padding behind the samples of a packed row is not marked and counts as tokens.
+        batches: this rank's share, on any device, the same number of batches on every rank. The padding
+            behind the samples of a packed row is not marked and counts as tokens.
         run: a forward pass of ``model``, as an engine's ``matches``.
         device: where the batches are sent, and the sums are kept.
 
     Returns:
         Module name → (r, r) float64 on the CPU, the same on every rank.
+
+    Raises:
+        Preempted: a rank was asked to stop.
     """
     sums: dict[str, Tensor] = {}
     real: list[Tensor] = []
@@ -72,6 +75,7 @@ def collect_update_grams(
     ]
     try:
         for number, batch in enumerate(batches, start=1):
+            dist.stop_if_asked("export: stopped in the update Grams")
             watch.progress(f"update Grams, batch {number}")
             mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
             if batch.unmasked_padding and batch.position_ids is None:

@@ -82,7 +82,7 @@ def current() -> Current:
 
 
 def saved(what: str) -> None:
-    """Names the state on disk that the same command would continue from, as in ``checkpoints/step-300``."""
+    """Names the state that the same command would continue from, as in ``checkpoints/step-300``."""
     _state.saved = what
 
 

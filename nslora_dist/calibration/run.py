@@ -304,6 +304,12 @@ class Calibration:
                 self._keep(f"{shape.name}.mix", solution.mixes[number])
             references = {name: float(total[group.name].outputs[shape.name]) for name, total in sums.items()}
             references[MIXTURE] = self._mixed(references, traces)
+            if dist.is_main() and not references[MIXTURE] > 0:
+                log.warning(
+                    "calibration: %s puts out nothing but zeros, so there is nothing to measure its update against: "
+                    "figures of interference leave it out",
+                    shape.name,
+                )
             self.module_entries[shape.name] = {
                 "group": group.name,
                 "out_features": shape.out_features,

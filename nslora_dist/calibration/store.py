@@ -51,6 +51,11 @@ class Stored:
     manifest: dict[str, Any]
     tensors: Mapping[str, Tensor]
 
+    @classmethod
+    def place(cls, run: Path, key: str) -> Path:
+        """Where one of this ``key`` is kept in a run's folder."""
+        return run / cls.FOLDER
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors that a reader needs, and their shapes, as the manifest has them.
 

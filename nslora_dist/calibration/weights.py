@@ -3,7 +3,8 @@
 Every rank that owns a weight of a block reads that block, as the calibration pass does, decomposes its share, and
 frees the block; what it found goes to rank 0. A 4-bit base is decomposed as it computes, dequantised.
 
-``weight_null_space/weight_null_space.safetensors`` holds, all float32:
+``weight_null_space/<key>/weight_null_space.safetensors`` holds, all float32, for the arms of one base, ``null_dim``,
+``null_threshold`` and targets:
 
     <module>.right  (d_in, k_in)    V, orthonormal columns, ascending singular value; absent where there is none
     <module>.left   (d_out, k_out)  U, likewise
@@ -46,6 +47,11 @@ class WeightNullSpace(Stored):
 
     FOLDER = "weight_null_space"
     FILE = "weight_null_space.safetensors"
+
+    @classmethod
+    def place(cls, run: Path, key: str) -> Path:
+        """Each key has a folder of its own, for the arms of a run may have other settings."""
+        return run / cls.FOLDER / key[:16]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors that ``bases`` sends."""
@@ -278,7 +284,7 @@ def reuse_or_make(
         ),
     }
     digest = artifacts.hash_json(hashes)
-    folder = run / WeightNullSpace.FOLDER
+    folder = WeightNullSpace.place(run, digest)
     found = store.reusable(folder, digest, WeightNullSpace)
     if found is not None:
         log.info("null spaces of the weights: %s fits base and settings; used again", folder)

@@ -40,13 +40,20 @@ class _PartitionLocally(Init):
 
 
 def deepspeed_config(recipe: Recipe, *, world_size: int) -> dict[str, Any]:
-    """The whole DeepSpeed config: ZeRO knobs from ``engine.config``, everything else from the recipe."""
+    """The whole DeepSpeed config: ZeRO knobs from ``engine.config``, everything else from the recipe.
+
+    DeepSpeed wants a batch that divides over the ranks, even of who only evaluates. For training that was
+    checked before.
+    """
     settings = {} if recipe.engine.config is None else check_zero_config(recipe)
+    train = recipe.train.fitting(world_size)
     return (
         settings
         | zero_settings(recipe)
         | {
-            "gradient_accumulation_steps": recipe.train.accumulation(world_size),
+            "train_batch_size": train.global_batch_size,
+            "train_micro_batch_size_per_gpu": train.micro_batch_size,
+            "gradient_accumulation_steps": train.accumulation(world_size),
             "zero_optimization": settings.get("zero_optimization", {}) | {"stage": 3},
             "steps_per_print": 2**31,
         }

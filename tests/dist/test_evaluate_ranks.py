@@ -14,7 +14,7 @@ from helpers.merge_world import make_adapter
 from helpers.ranks import run_ranks
 from helpers.stages import plain_base
 from helpers.world import make_base, make_recipe, make_texts, words, write_rows, zero_config
-from nslora_dist import dist
+from nslora_dist import dist, watch
 from nslora_dist.adapter_set import AdapterSet, put_to_work
 from nslora_dist.base_config import load_config
 from nslora_dist.base_files import Checkpoint
@@ -86,8 +86,9 @@ def evaluated(folder: Path, engine: str, adapters: dict[str, str]) -> dict[str, 
     """The JSON that two adapters' evaluation leaves, or its error."""
     target = folder / f"{engine}{dist.world_size()}.json"
     given = [f"{name}={folder / path}" for name, path in adapters.items()]
+    odd = {"global_batch_size": 9, "micro_batch_size": 3}  # which two ranks could not train with
     try:
-        run_evaluation(job(folder, engine, "unused"), CPU, adapter=given, output=str(target))
+        run_evaluation(job(folder, engine, "unused", train=odd), CPU, adapter=given, output=str(target))
     except UserError as error:
         return str(error)
     dist.barrier()
@@ -192,3 +193,12 @@ def test_an_error_ends_every_rank(world: Path) -> None:
     assert said[0] == said[1]
     assert said[0].endswith("nowhere: no such folder; give the folder of a PEFT adapter")
     assert not (world / "fsdp22.json").exists()
+
+
+def test_asked_to_stop_it_says_that_it_begins_anew(world: Path) -> None:
+    (world / "single1.json").unlink(missing_ok=True)  # another test's
+    watch.ask_stop("the test")
+    said = evaluated(world, "single", {"a": "a"})
+    watch.reset()
+    assert isinstance(said, str) and "same command continues from the beginning, for nothing is written" in said
+    assert not (world / "single1.json").exists()

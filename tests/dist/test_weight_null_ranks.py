@@ -12,6 +12,9 @@ from helpers.ranks import run_ranks
 from helpers.stages import CPU
 from helpers.weight_null_run import NULL_LORA, recipe, refused, spread, used_again
 from helpers.world import change_weights, make_base, make_recipe, make_texts
+from nslora_dist.arm_job import Arm
+from nslora_dist.arm_stage import start_hash
+from nslora_dist.calibration import weights
 from nslora_dist.pipeline import Run, run_calibration
 
 
@@ -69,6 +72,28 @@ def test_a_weight_that_is_not_finite_is_named_on_every_rank(world: Path) -> None
 def test_calibration_of_a_null_lora_recipe_stops_at_its_own_null_spaces(world: Path) -> None:
     run_calibration(recipe(world, "llama", "stops"), CPU)
     assert sorted(path.name for path in (world / "stops").iterdir()) == ["recipe.yaml", "weight_null_space"]
+
+
+def test_arms_of_different_settings_each_keep_their_own(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restart decomposes nothing again, and what a checkpoint belongs to does not hang on the other arms."""
+    baselines = {"wider": {"adapter": {"null_threshold": 0.4}}, "again": {"train": {"learning_rate": 0.5}}}
+    job = make_recipe(world, world / "llama", world / "arms", adapter=NULL_LORA, evaluation={"baselines": baselines})
+    arms = {"own": job} | {name: job.arm(name) for name in baselines}
+
+    def starts() -> dict[str, Any]:
+        run, found = Run(job, CPU), {}
+        spaces = {name: run.weight_null_space(arm) for name, arm in arms.items()}
+        for name, space in spaces.items():
+            assert space is not None
+            data: Any = None
+            found[name] = start_hash(Arm(name, arms[name], space, data), run.folder)
+            assert space.manifest["settings"]["threshold"] == arms[name].adapter.null_threshold
+        return found
+
+    first = starts()
+    assert first["own"] == first["again"] != first["wider"]
+    monkeypatch.setattr(weights, "weight_null_spaces", None)
+    assert starts() == first
 
 
 def test_a_whole_run_with_null_lora_as_a_baseline(world: Path) -> None:

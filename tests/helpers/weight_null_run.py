@@ -45,7 +45,7 @@ def used_again(world: Path) -> dict[str, str]:
     first = recipe(world, "llama", "again")
     space = Run(first, CPU).weight_null_space(first)
     assert space is not None
-    file = world / "again" / "weight_null_space" / "weight_null_space.safetensors"
+    file = space.place(world / "again", space.manifest["key"]) / space.FILE
     kept = weights.weight_null_space
     said = {}
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from nslora_dist.arms import FinishedArm
+from nslora_dist.arms import BaseScores, FinishedArm
+from nslora_dist.card import number
 from nslora_dist.export import WEIGHTS_FILE
 from nslora_dist.recipe_file import load_recipe
 
@@ -32,6 +33,17 @@ def test_the_same_command_takes_the_figures_up(run: Path) -> None:
         ).read()
         == FIGURES
     )
+
+
+def test_what_is_not_finite_is_kept_as_null(run: Path) -> None:
+    scores = {"lm_eval": {"task": {"metrics": {"mcc": {"value": float("nan"), "stderr": float("inf")}}}}}
+    kept = {"lm_eval": {"task": {"metrics": {"mcc": {"value": None, "stderr": None}}}}}
+    finished(run).write(FIGURES | {"scores": scores})
+    assert finished(run).read() == FIGURES | {"scores": kept}
+    base = BaseScores(run, arm=load_recipe("tiny_math"), base="b", evaluation="e")
+    base.write(scores)
+    assert base.read() == kept
+    assert number(float("nan")) == number(None) == "–"
 
 
 @pytest.mark.parametrize("change", ["train.seed=1", "adapter.rank=8", "base_model.dtype=bfloat16"])

@@ -265,6 +265,14 @@ def test_check_names_the_figure(toy: tuple[Recipe, Shapes], monkeypatch: pytest.
         check(recipe, "train", world_size=1, device=cpu, shapes=shapes)
 
 
+def test_a_check_asks_for_a_batch_that_divides_only_where_it_is_trained_with(toy: tuple[Recipe, Shapes]) -> None:
+    recipe, shapes = toy
+    for phase in ("load", "calibrate"):
+        check(recipe, phase, world_size=3, device=torch.device("cpu"), shapes=shapes)
+    with pytest.raises(UserError, match="global_batch_size 8 is no multiple"):
+        check(recipe, "train", world_size=3, device=torch.device("cpu"), shapes=shapes)
+
+
 def test_sweep_to_csv_and_plot(large: tuple[Recipe, Shapes], tmp_path: Path) -> None:
     recipe, shapes = large
     plans = sweep(recipe, shapes, GPU)

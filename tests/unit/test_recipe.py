@@ -148,6 +148,9 @@ def test_a_global_batch_that_the_ranks_cannot_share(tmp_path: Path) -> None:
     assert train.accumulation(2) == 1
     with pytest.raises(UserError, match=r"global_batch_size 8 .* x 3 ranks; use train\.global_batch_size=12"):
         train.accumulation(3)
+    # Nothing is trained: then it is rounded up.
+    assert (train.fitting(3).global_batch_size, train.fitting(3).accumulation(3)) == (12, 1)
+    assert train.fitting(2) == train
 
 
 def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path) -> None:

@@ -7,13 +7,18 @@ import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from nslora_dist import command, dist, guard, logs, watch
+from nslora_dist.batches import Batch
+from nslora_dist.calibration_data import CalibrationTexts
+from nslora_dist.effects import measure
 from nslora_dist.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_STORAGE, Preempted, UserError, storage_error
 from nslora_dist.peers import Peers, Sign
+from nslora_dist.update_grams import collect_update_grams
 
 log = logging.getLogger("nslora_dist")
 
@@ -207,3 +212,17 @@ def test_one_line_and_a_status(
     log_text = (tmp_path / "logs" / "rank-0.log").read_text()
     assert f"(exit status {status})" in log_text
     assert ("Traceback" in log_text) == (status != EXIT_PREEMPTED)
+
+
+def test_measuring_and_collecting_stop_at_the_next_batch() -> None:
+    """Before a model is needed: there is none here."""
+    nothing: Any = None
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    text = CalibrationTexts("french", None, [ids[0]], [], "", 0, nothing)
+    watch.saved("checkpoints/step-7")
+    watch.ask_stop("the test")
+    said = "as asked; the same command continues from checkpoints/step-7"
+    with pytest.raises(Preempted, match=f"stopped in the effect on french, {said}"):
+        measure(nothing, [text], batch_size=1, device=torch.device("cpu"))
+    with pytest.raises(Preempted, match=f"export: stopped in the update Grams, {said}"):
+        collect_update_grams(torch.nn.Linear(1, 1), [Batch(ids, None, None, ids)], nothing, device=torch.device("cpu"))
