@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nslora_dist import artifacts, dist
+from nslora_dist import artifacts, dist, watch
 from nslora_dist.base_config import load_config
 from nslora_dist.base_files import Checkpoint, locate
 from nslora_dist.errors import UserError
@@ -37,7 +37,7 @@ def run_merge(recipe: MergeRecipe, device: torch.device) -> None:
     """
     started = time.perf_counter()
     folder = Path(recipe.output_dir)
-    with dist.together("reading the adapters"):
+    with watch.phase("reading the adapters"), dist.together("reading the adapters"):
         if folder.exists() or folder.is_symlink():
             raise UserError(f"output_dir {folder}: exists already; give output_dir=another/folder, or move it away")
         tasks = read_tasks(recipe)
@@ -74,7 +74,7 @@ def run_merge(recipe: MergeRecipe, device: torch.device) -> None:
         )
         report["warnings"].append(said)
         log.warning("%s", said)
-    with dist.together("writing the merge"):
+    with watch.phase("writing the merge"), dist.together("writing the merge"):
         if dist.is_main():
             _write(recipe, tasks, folder, report, device=device, coefficients=coefficients, started=started)
             print(merge_summary(report))
@@ -109,10 +109,11 @@ def _search(recipe: MergeRecipe, tasks: Sequence[Task], device: torch.device) ->
     names = [task.name for task in tasks]
     inputs = read_inputs({name: recipe.inputs[name] for name in names}, base, seed=section.seed)
     initial = recipe.coefficients(section.initial)
-    model = load_merged(
-        base, tasks, granularity=section.granularity, initial=[initial[name] for name in names], device=device
-    )
-    return optimise(model, names, inputs, section, device=device)
+    start = [initial[name] for name in names]
+    with watch.phase("loading the base model"):
+        model = load_merged(base, tasks, granularity=section.granularity, initial=start, device=device)
+    with watch.phase("nsc"):
+        return optimise(model, names, inputs, section, device=device)
 
 
 def _nsc_report(recipe: MergeRecipe, tasks: Sequence[Task], found: NscResult) -> dict[str, Any]:
@@ -196,6 +197,7 @@ class _Model:
 
     def add(self, module: str, made: Merged) -> None:
         """Adds one module's update."""
+        watch.progress(f"adding to {self.names[module]}")
         add_update(self.target, self.checkpoint.files, self.names[module], made.update)
 
 

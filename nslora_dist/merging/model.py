@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from nslora_dist import dist
+from nslora_dist import dist, watch
 from nslora_dist.base_config import load_config
 from nslora_dist.base_files import Checkpoint, locate
 from nslora_dist.base_model import build_empty, torch_dtype, units
@@ -162,6 +162,7 @@ def _load_units(
     for name, unit in units(model):
         if name == "lm_head":
             continue  # no ω lies behind it
+        watch.progress(name)
         fill_unit(unit, name, checkpoint, device=device)
         for path in [p for p in known if p.startswith(f"{name}.") and p in wanted]:
             linears[path] = merged(path, known[path])
@@ -200,6 +201,7 @@ def _load_whole(
             packed = base.quantization == "nf4" and is_in_block(name)
             if name not in wanted and not packed:
                 continue
+            watch.progress(name)
             if packed and linear.in_features % NF4_BLOCK:
                 raise UserError(
                     f"base_model.quantization nf4: {name} reads {linear.in_features} values, no multiple of "
