@@ -4,8 +4,10 @@
 process writes a given path at a time (rank 0); any number may read.
 """
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nslora_dist.errors import UserError
+
+log = logging.getLogger("nslora_dist")
 
 SELF_HASH = "manifest_sha256"
 """Key under which a sealed JSON file keeps the hash of everything else in it."""
@@ -217,7 +221,7 @@ def open_partial(target: Path) -> Path:
             path.unlink()
     if aside.exists():
         if target.exists():
-            shutil.rmtree(aside)
+            discard(aside)
         else:
             aside.rename(target)
     if partial.exists():
@@ -251,16 +255,30 @@ def take_place(target: Path) -> None:
         raise
     _sync(target.parent)
     if aside.exists():
-        shutil.rmtree(aside)
+        discard(aside)
 
 
 def remove_folder(target: Path) -> None:
     """Deletes a folder: renamed first, so that a process that dies in the middle leaves none of that name in parts."""
     aside = _aside(target)
-    if aside.exists():
-        shutil.rmtree(aside)
-    target.rename(aside)
-    shutil.rmtree(aside)
+    if not aside.exists() or discard(aside):
+        target.rename(aside)
+        discard(aside)
+
+
+def discard(folder: Path) -> bool:
+    """Deletes a folder that nobody needs; whether it is gone.
+
+    A network file system keeps, under another name, a file that some process still has open, and the folder with it:
+    that is worth no job's life, and for another time.
+    """
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EBUSY):
+            raise
+        log.info("%s: cannot be deleted yet (%s)", folder, error.strerror)
+    return not folder.exists()
 
 
 def _partial(path: Path) -> Path:

@@ -232,6 +232,8 @@ class Checkpoints:
         # Steps past the newest are damaged ones that were skipped: not ours to delete, nor to count.
         for step in [step for step in _steps(self.folder) if step <= newest][: -self.section.keep_last]:
             artifacts.remove_folder(self.folder / f"step-{step}")
+        for left in self.folder.glob(".step-*.old"):  # of such a one, where some file was in use then
+            artifacts.discard(left)
 
 
 def _steps(folder: Path) -> list[int]:

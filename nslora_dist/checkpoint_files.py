@@ -9,6 +9,7 @@ r = 16, that is 1.3 GB over all ranks; the frozen base, and A where it is frozen
 """
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,24 +48,26 @@ def write_part(path: Path, shards: list[Shard]) -> dict[str, Any]:
 
 
 class Pieces:
-    """Every part's tensors by parameter and kind, from the files' headers."""
+    """Every part's tensors by parameter and kind, from the files' headers.
+
+    No file stays open, or mapped, beyond a method: the folder will be deleted while training goes on.
+    """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
-        """Opens the files of a checkpoint.
+        """Reads the headers of a checkpoint's files.
 
         Raises:
             UserError: a file is unreadable, or the pieces do not cover every parameter exactly once.
         """
         self.folder = folder
-        self._open: dict[str, Any] = {}
         found: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
         for file in manifest["files"]:
             try:
-                opened = self._open[file] = safe_open(folder / file, framework="pt", device="cpu")
-                for key in opened.keys():  # noqa: SIM118 (no mapping)
-                    name, kind, start = key.rsplit("/", 2)
-                    (count,) = opened.get_slice(key).get_shape()
-                    found.setdefault((name, kind), []).append((int(start), count, file, key))
+                with safe_open(folder / file, framework="pt", device="cpu") as opened:
+                    for key in opened.keys():  # noqa: SIM118 (no mapping)
+                        name, kind, start = key.rsplit("/", 2)
+                        (count,) = opened.get_slice(key).get_shape()
+                        found.setdefault((name, kind), []).append((int(start), count, file, key))
             except (SafetensorError, OSError, ValueError) as error:
                 raise UserError(f"{folder / file}: not a checkpoint's part ({error})") from error
         self._found = {key: sorted(pieces) for key, pieces in found.items()}
@@ -79,13 +82,13 @@ class Pieces:
                 if end != torch.Size(shape).numel():
                     raise UserError(f"{folder}: holds {end} of {torch.Size(shape).numel()} elements of {name}'s {kind}")
 
-    def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
+    def _read(self, opened: Mapping[str, Any], name: str, kind: str, start: int, count: int) -> Tensor:
         """Elements ``start`` to ``start + count`` of a parameter's ``kind``, (count,) float32 on the CPU."""
         whole = torch.empty(count)
         for begin, length, file, key in self._found[name, kind]:
             low, high = max(start, begin), min(start + count, begin + length)
             if low < high:
-                whole[low - start : high - start] = self._open[file].get_slice(key)[low - begin : high - begin]
+                whole[low - start : high - start] = opened[file].get_slice(key)[low - begin : high - begin]
         return whole
 
     def fill(self, shards: list[Shard]) -> list[Shard]:
@@ -101,5 +104,10 @@ class Pieces:
                 f"{self.folder}: {name} is {theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} in this "
                 "training; give another output_dir"
             )
-        read = [{key: self.read(s.name, key, s.start, len(v)) for key, v in s.values.items()} for s in shards]
+        with ExitStack() as stack:
+            files = {file for pieces in self._found.values() for *_, file, _ in pieces}
+            opened = {f: stack.enter_context(safe_open(self.folder / f, framework="pt", device="cpu")) for f in files}
+            read = [
+                {key: self._read(opened, s.name, key, s.start, len(v)) for key, v in s.values.items()} for s in shards
+            ]
         return [replace(shard, values=values) for shard, values in zip(shards, read, strict=True)]

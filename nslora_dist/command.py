@@ -74,10 +74,11 @@ def run(
 
 
 def _times(recipe: Any) -> dict[str, float]:
-    """The recipe's time-outs; a merge recipe has none."""
-    engine, checkpoint = getattr(recipe, "engine", None), getattr(recipe, "checkpoint", None)
-    times = {} if engine is None else {"timeout_seconds": engine.timeout_seconds}
-    return times if checkpoint is None else times | {"grace_seconds": checkpoint.grace_seconds}
+    """The recipe's time-outs; a merge recipe has its own, and nothing to put on disk before it leaves."""
+    engine, checkpoint = getattr(recipe, "engine", recipe), getattr(recipe, "checkpoint", recipe)
+    found = {"timeout_seconds": getattr(engine, "timeout_seconds", None)}
+    found["grace_seconds"] = getattr(checkpoint, "grace_seconds", None)
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _end(status: int) -> int:

@@ -22,6 +22,12 @@ T = TypeVar("T")
 
 SMALL_BYTES = 4 * 2**20
 """Up to this size a second copy of a tensor on a CPU does not matter."""
+PATIENCE = timedelta(days=365)
+
+
+class _Groups:
+    patient: dist.ProcessGroup | None = None
+    """All ranks once more, over gloo without a time-out, for waits behind unequal work; None where no guard looks."""
 
 
 def rank() -> int:
@@ -77,6 +83,8 @@ def process_group(
         here = device()
         _join(here, timeout_seconds)
         guard.peers = _peers()
+        if guard.peers is not None:
+            _Groups.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
         yield here
         _meet()  # nobody leaves, nor takes the store along, while another is at work
         guard.finish()
@@ -88,6 +96,7 @@ def process_group(
     else:
         dist.destroy_process_group()
     finally:
+        _Groups.patient = None
         if not failed():  # else this process is about to end, and a launcher's SIGTERM must not change its status
             guard.stop()
         logs.stop()
@@ -261,11 +270,11 @@ def share(value: object) -> object:
     return box[0]
 
 
-def gather(value: T) -> list[T]:
+def gather(value: T, *, group: dist.ProcessGroup | None = None) -> list[T]:
     """Every rank's ``value``, by rank, on every rank; for small Python values."""
     everyone: list[Any] = [value] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(everyone, value)
+        dist.all_gather_object(everyone, value, group=group)
     return everyone
 
 
@@ -309,7 +318,8 @@ def stop_if_asked(what: str) -> None:
 def together(what: str) -> Iterator[None]:
     """Runs a stretch without collectives; if it fails on one rank, every rank ends with that rank's message.
 
-    Without it one rank would raise while the others wait in their next collective until its time-out.
+    Without it one rank would raise while the others wait in their next collective until its time-out. Ranks with less
+    to do wait for the others for as long as these show progress (``watch.progress``): the guard ends what stalls.
 
     Raises:
         UserError: on every rank, with the message, class and status of the lowest rank that failed; a disk that is
@@ -330,7 +340,7 @@ def together(what: str) -> Iterator[None]:
     mine = None
     if failure is not None:
         mine = (failure.status if isinstance(failure, UserError) else EXIT_BUG, f"{failure}")
-    failed = [(number, said) for number, said in enumerate(gather(mine)) if said is not None]
+    failed = [(number, said) for number, said in enumerate(gather(mine, group=_Groups.patient)) if said is not None]
     if not failed:
         return
     if failure is not None and not isinstance(failure, UserError):

@@ -106,7 +106,7 @@ class Guard:
         """Starts watching.
 
         Args:
-            timeout_seconds: without any progress of this rank after which a rank counts as stalled.
+            timeout_seconds: without any progress of any rank, after which the ranks count as stalled.
             grace_seconds: after a signal until the process ends, boundary or not.
             heartbeat_seconds: between two lines of a long phase.
         """
@@ -200,7 +200,7 @@ class Guard:
         if peers is not None:
             # A launcher sends SIGTERM to the ranks that survive another's death, too.
             found = peers.lost(min(QUICK, self.lost_after) if self._asked is not None else self.lost_after)
-            if found is None and peers.still > self.stalled_after:
+            if found is None and peers.nobody_goes_on(self.stalled_after):
                 found = peers.stalled()
             if found is not None:
                 self._lost(found)

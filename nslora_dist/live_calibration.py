@@ -232,9 +232,19 @@ def _hooked(groups: Sequence[Group], mask: list[Tensor | None]) -> Iterator[None
 
         return hook
 
+    biases: dict[str, Tensor] = {}
+
+    def take_bias(name: str) -> Any:
+        # Before the product: behind it a sharded bias is released, and to read it would gather it for good.
+        def hook(module: nn.Linear, args: tuple[Tensor, ...]) -> None:
+            if module.bias is not None:
+                biases[name] = module.bias.detach().clone()
+
+        return hook
+
     def take_output(group: Group, name: str) -> Any:
         def hook(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
-            product = output if module.bias is None else output - module.bias
+            product = output - biases.pop(name) if name in biases else output
             found = energy(tokens(product.detach()))
             group.outputs[name] = group.outputs[name] + found if name in group.outputs else found
 
@@ -245,6 +255,7 @@ def _hooked(groups: Sequence[Group], mask: list[Tensor | None]) -> Iterator[None
         for number, (name, linear) in enumerate(group.modules.items()):
             if number == 0:
                 hooks.append(linear.register_forward_pre_hook(take_input(group)))
+            hooks.append(linear.register_forward_pre_hook(take_bias(name)))
             hooks.append(linear.register_forward_hook(take_output(group, name)))
     try:
         yield
@@ -300,18 +311,18 @@ def _solve(group: Group, *, rank: int, method: Literal["fast", "eigh"], owner: i
 def _mixes(
     model: nn.Module, groups: Sequence[Group], bases: Mapping[str, Tensor], batches: Iterable[Any]
 ) -> dict[str, Tensor]:
-    """module → M (r, r) with A₀ = M Uᵀ, from weights read inside a forward pass, where sharded ones are whole."""
+    """module → M (r, r) with A₀ = M Uᵀ, from weights read right before their products, where sharded ones are whole."""
     found: dict[str, Tensor] = {}
 
     def project(name: str, basis: Tensor) -> Any:
-        def hook(module: nn.Linear, args: Any, output: Any) -> None:
+        def hook(module: nn.Linear, args: Any) -> None:
             a, _ = projected_init(nf4.dense_weight(module), basis)
             found[name] = a.float() @ basis
 
         return hook
 
     hooks = [
-        linear.register_forward_hook(project(name, bases[group.name]))
+        linear.register_forward_pre_hook(project(name, bases[group.name]))
         for group in groups
         for name, linear in group.modules.items()
     ]

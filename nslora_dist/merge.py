@@ -2,8 +2,7 @@
 
 import logging
 import time
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ def run_merge(recipe: MergeRecipe, device: torch.device) -> None:
     """
     started = time.perf_counter()
     folder = Path(recipe.output_dir)
-    with dist.together("reading the adapters"):
+    with watch.phase("reading the adapters"), dist.together("reading the adapters"):
         if folder.exists() or folder.is_symlink():
             raise UserError(f"output_dir {folder}: exists already; give output_dir=another/folder, or move it away")
         tasks = read_tasks(recipe)
@@ -75,32 +74,11 @@ def run_merge(recipe: MergeRecipe, device: torch.device) -> None:
         )
         report["warnings"].append(said)
         log.warning("%s", said)
-    in_steps(_write(recipe, tasks, folder, report, device=device, coefficients=coefficients, started=started))
-    if dist.is_main():
-        print(merge_summary(report))
-        print(f"\n{recipe.output:<8} {folder / recipe.output}\nreport   {folder / 'report.json'}")
-
-
-def in_steps(work: Generator[str]) -> None:
-    """Rank 0 works and the others follow it step by step, for waiting for all of it would exceed their time-out.
-
-    Args:
-        work: names its steps; the other ranks do not start it.
-    """
-    with dist.together("writing the merge"), closing(work):
-        if not dist.is_main():
-            while dist.everywhere(True):
-                watch.progress("following rank 0")
-            return
-        while True:
-            try:
-                step = next(work, None)
-            except Exception:
-                dist.everywhere(False)
-                raise
-            if not dist.everywhere(step is not None):
-                return
-            watch.progress(str(step))
+    with watch.phase("writing the merge"), dist.together("writing the merge"):
+        if dist.is_main():
+            _write(recipe, tasks, folder, report, device=device, coefficients=coefficients, started=started)
+            print(merge_summary(report))
+            print(f"\n{recipe.output:<8} {folder / recipe.output}\nreport   {folder / 'report.json'}")
 
 
 def _check_base(recipe: MergeRecipe, tasks: Sequence[Task]) -> None:
@@ -131,10 +109,11 @@ def _search(recipe: MergeRecipe, tasks: Sequence[Task], device: torch.device) ->
     names = [task.name for task in tasks]
     inputs = read_inputs({name: recipe.inputs[name] for name in names}, base, seed=section.seed)
     initial = recipe.coefficients(section.initial)
-    model = load_merged(
-        base, tasks, granularity=section.granularity, initial=[initial[name] for name in names], device=device
-    )
-    return optimise(model, names, inputs, section, device=device)
+    start = [initial[name] for name in names]
+    with watch.phase("loading the base model"):
+        model = load_merged(base, tasks, granularity=section.granularity, initial=start, device=device)
+    with watch.phase("nsc"):
+        return optimise(model, names, inputs, section, device=device)
 
 
 def _nsc_report(recipe: MergeRecipe, tasks: Sequence[Task], found: NscResult) -> dict[str, Any]:
@@ -169,18 +148,15 @@ def _write(
     device: torch.device,
     coefficients: Mapping[str, Sequence[float]] | None,
     started: float,
-) -> Generator[str]:
-    """Everything or nothing, in one folder; yields what it is at."""
+) -> None:
+    """Everything or nothing, in one folder."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with artifacts.replace_folder(folder) as partial:
             merged = merge_modules(recipe, tasks, device=device, coefficients=coefficients)
             errors, ranks = [], set()
             factors: dict[str, Factors] = {}
-            model = None
-            if recipe.output == "model":
-                model = _Model(recipe, tasks, partial / "model")
-                yield from copy_base(model.checkpoint, model.target)
+            model = _Model(recipe, tasks, partial / "model") if recipe.output == "model" else None
             for module, made in merged:
                 errors.append(made.error)
                 if model is not None:
@@ -188,7 +164,6 @@ def _write(
                 else:
                     factors[module] = made.factors
                     ranks.add(made.factors.rank)
-                yield module
             if model is None:
                 _write_adapter(recipe, tasks, partial / "adapter", folder / "adapter", factors)
             for task in tasks:
@@ -218,9 +193,11 @@ class _Model:
         kind = model_task(base, tasks, config)
         self.names = checkpoint_names(module_names(tasks), self.checkpoint, config, kind=kind)
         target.mkdir()
+        copy_base(self.checkpoint, target)
 
     def add(self, module: str, made: Merged) -> None:
         """Adds one module's update."""
+        watch.progress(f"adding to {self.names[module]}")
         add_update(self.target, self.checkpoint.files, self.names[module], made.update)
 
 

@@ -85,6 +85,7 @@ class MergeRecipe(Section):
     output: Literal["adapter", "model"] = "adapter"
     output_dir: Where
     allow_mismatch: tuple[Literal["base", "calibration", "target_modules"], ...] = ()
+    timeout_seconds: Annotated[float, Field(ge=1.0)] = 1800.0  # as engine.timeout_seconds of a training
 
     @model_validator(mode="before")
     @classmethod

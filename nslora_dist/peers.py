@@ -226,6 +226,12 @@ class Peers:
             return f"{named(silent)} {are} gone, stopped or cut off (no sign of life for {longest:.0f} s)"
         return None
 
+    def nobody_goes_on(self, seconds: float) -> bool:
+        """Whether no rank has begun a unit of work for that long: one that waits for another at work is not stalled."""
+        now = time.monotonic()
+        others = [sign.still + now - since for rank, (sign, since) in list(self.signs.items()) if rank != self.rank]
+        return self.still > seconds and all(still > seconds for still in others)
+
     def stalled(self) -> str:
         """Says which ranks, all of them alive, the others wait for."""
         signs = {rank: sign for rank, (sign, _) in sorted(self.signs.items())}

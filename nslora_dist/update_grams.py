@@ -78,7 +78,7 @@ def collect_update_grams(
             dist.stop_if_asked("export: stopped in the update Grams")
             watch.progress(f"update Grams, batch {number}")
             mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
-            if batch.unmasked_padding and batch.position_ids is None:
+            if batch.token_count == 0:
                 mask = torch.zeros_like(mask)  # a batch that only keeps a sharded model's ranks in step
             real[:] = [mask.bool().to(device)]
             run(batch.to(device))

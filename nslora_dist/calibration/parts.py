@@ -9,7 +9,6 @@ a minute on eight GPUs for 256 sequences; keeping the hidden states would write 
 """
 
 import contextlib
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,11 @@ class Parts:
         try:
             manifest = manifests.read_manifest(folder)
             same = manifest.get("kind") == "calibrated_block" and manifest.get("key") == self.key
-            return Part(manifest["entries"], artifacts.load_tensors(folder / FILE)) if same else None
+            if not same:
+                return None
+            # Copies, for what is read lies in the mapped file, and the folder is deleted before they are.
+            tensors = {name: tensor.clone() for name, tensor in artifacts.load_tensors(folder / FILE).items()}
+            return Part(manifest["entries"], tensors)
         except UserError:
             return None
 
@@ -70,7 +73,7 @@ class Parts:
         """Deletes them, once the artifact is whole on disk."""
         with dist.together("clearing calibrated blocks"):
             if dist.is_main() and self.folder.is_dir():
-                shutil.rmtree(self.folder)
+                artifacts.discard(self.folder)
                 with contextlib.suppress(OSError):  # the other pass's blocks may lie there
                     self.folder.parent.rmdir()
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from nslora_dist import artifacts
+from nslora_dist import artifacts, watch
 from nslora_dist.base_files import COMPANIONS, Checkpoint
 from nslora_dist.errors import UserError
 from nslora_dist.explain import nearest
@@ -28,13 +28,11 @@ DTYPES = {
 }
 
 
-def copy_base(checkpoint: Checkpoint, target: Path) -> Iterator[str]:
+def copy_base(checkpoint: Checkpoint, target: Path) -> None:
     """Copies the base's safetensors shards and what lies beside them; code and other formats of its weights stay.
 
-    The weights' index is among it, for shards keep their names and tensors their places.
-
-    Yields:
-        What is being copied, block by block: a large base takes longer than other ranks would wait in silence.
+    The weights' index is among it, for shards keep their names and tensors their places. Block by block, each of which
+    counts as progress: a large base takes longer than other ranks would wait in silence.
 
     Raises:
         UserError: a file of the base cannot be read.
@@ -46,7 +44,7 @@ def copy_base(checkpoint: Checkpoint, target: Path) -> Iterator[str]:
         with artifacts.naming(target / name), (target / name).open("wb") as file:
             for block in _blocks(checkpoint.folder / name):
                 file.write(block)
-                yield f"copying {name}"
+                watch.progress(f"copying {name}")
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nslora_dist import watch
 from nslora_dist.errors import UserError
 from nslora_dist.export import Factors
 from nslora_dist.merge_recipe import SPARSE, MergeRecipe, SparseSection
@@ -71,7 +72,9 @@ def merge_modules(
         UserError: method gram and an adapter without Grams, or Grams that do not fit it.
     """
     given = recipe.coefficients(UNIT)
-    for module in module_names(tasks):
+    modules = module_names(tasks)
+    for number, module in enumerate(modules, start=1):
+        watch.progress(f"module {number} of {len(modules)}, {module}")
         mine = [task for task in tasks if module in task.factors]
         pairs = [_on(task.factors[module], device) for task in mine]
         if coefficients is None:

@@ -201,6 +201,7 @@ def _load_whole(
             packed = base.quantization == "nf4" and is_in_block(name)
             if name not in wanted and not packed:
                 continue
+            watch.progress(name)
             if packed and linear.in_features % NF4_BLOCK:
                 raise UserError(
                     f"base_model.quantization nf4: {name} reads {linear.in_features} values, no multiple of "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nslora_dist import dist, watch
-from nslora_dist.errors import UserError
+from nslora_dist.errors import Preempted, UserError
 from nslora_dist.merge_recipe import NscSection
 from nslora_dist.merging.blocks import block_of, target_blocks
 from nslora_dist.merging.inputs import TaskInputs
@@ -83,6 +83,7 @@ def optimise(
 
     Raises:
         UserError: ω or λ is no longer finite.
+        Preempted: a rank was asked to stop.
     """
     targets = target_blocks(_ordered(model), section.target_fraction)
     for name, linear in model.linears.items():
@@ -101,7 +102,8 @@ def optimise(
     reached = torch.zeros(len(table), dtype=torch.bool, device=device)
     orders = [_order(inputs[name].count, section, number) for number, name in enumerate(names)]
     losses = []
-    for _ in tqdm(range(steps), desc="nsc", disable=not dist.is_main(), mininterval=5.0):
+    for step in tqdm(range(steps), desc="nsc", disable=not dist.is_main(), mininterval=5.0):
+        _begin(f"step {step + 1} of {steps}")
         optimizer.zero_grad(set_to_none=False)
         total = torch.zeros((), dtype=torch.float32, device=device)
         for number, name in enumerate(names):
@@ -137,6 +139,13 @@ def optimise(
         movement=max((abs(new[b] - old[b]) for old, new in own for b in old if b in targets), default=0.0),
         target_blocks=[block for block in dict.fromkeys(map(block_of, _ordered(model))) if block in targets],
     )
+
+
+def _begin(what: str) -> None:
+    """Another unit of work, before which all ranks stop where one was asked to; collective."""
+    watch.progress(what)
+    if dist.stopping():
+        raise Preempted(f"nsc: stopped before {what}, as asked; nothing is written, the same command starts over")
 
 
 def _ordered(model: MergedModel) -> list[str]:
@@ -230,6 +239,7 @@ def _measure(
         count = inputs[name].count
         for first in range(0, count, size):
             rows = list(range(first, min(first + size, count)))
+            _begin(f"ω of {name}, inputs {first + 1} to {rows[-1] + 1} of {count}")
             seen, _ = _run(model, number, inputs[name], rows, device=device, every_task=True)
             for module, ratios in seen.ratios.items():
                 mine = sums.setdefault(module, {})

@@ -52,6 +52,11 @@ def test_a_rank_that_hangs_ends_too(tmp_path: Path, world_size: int, lost: int) 
     assert f"training, step 3 of 5: rank {lost} does not go on (alive, but nothing done for " in started.error()
 
 
+def test_a_rank_that_works_alone_is_waited_for(tmp_path: Path) -> None:
+    started = start(tmp_path, 3, fault="work alone", rank=0, timeout=3)
+    assert started.wait() == [0, 0, 0], started.said()
+
+
 def test_all_ranks_hang(tmp_path: Path) -> None:
     """Nothing raises then: the guard has to see it."""
     started = start(tmp_path, 2, fault="stall all", timeout=3)

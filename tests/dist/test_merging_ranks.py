@@ -18,7 +18,7 @@ from nslora_dist.calibration_data import text_batches
 from nslora_dist.errors import UserError
 from nslora_dist.effects import even_batches
 from nslora_dist.export import read_adapter
-from nslora_dist.merge import in_steps, run_merge
+from nslora_dist.merge import run_merge
 from nslora_dist.merge_recipe import MergeRecipe
 from nslora_dist.merging.inputs import read_inputs
 from nslora_dist.merging.model import load_merged
@@ -74,23 +74,6 @@ def whole_merge(folder: Path, family: str, target: str) -> str:
     return "done"
 
 
-def followed(last: str) -> tuple[int, str]:
-    """How many units of work this rank went through while rank 0 took four steps, and how that ended."""
-
-    def work() -> Generator[str]:
-        for number in range(4):
-            yield f"step {number}"
-        if last == "fails":
-            raise UserError("the disk is gone")
-
-    before = watch.current().count
-    try:
-        in_steps(work())
-    except UserError as error:
-        return watch.current().count - before, str(error)
-    return watch.current().count - before, "done"
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
@@ -128,12 +111,6 @@ def test_whole_merge_on_two_ranks(world: Path) -> None:
         torch.testing.assert_close(together[name].lora_b, pair.lora_b, atol=1e-6, rtol=1e-3)
     first, second = run_ranks(whole_merge, 2, world, "bert", "together")
     assert first == second and "exists already" in first
-
-
-def test_other_ranks_follow_the_writing_step_by_step() -> None:
-    """Waiting for all of it at once they would count as stalled, or give the collective up."""
-    assert run_ranks(followed, 2, "ends") == [(4, "done")] * 2
-    assert run_ranks(followed, 2, "fails") == [(4, "the disk is gone")] * 2
 
 
 def test_update_grams_of_sharded_engines(world: Path) -> None:

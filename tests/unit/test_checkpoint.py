@@ -1,14 +1,18 @@
 """Checkpoints as files: written behind training, whole or not there, thinned out, and the newest whole one taken up."""
 
+import errno
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from helpers.kept_state import BELONGS, State, checkpoints, facts
 from nslora_dist import artifacts, checkpoint, checkpoint_files, manifests
+from nslora_dist.calibration.parts import Part, Parts
 from nslora_dist.errors import StorageError, UserError
 
 
@@ -34,6 +38,54 @@ def test_what_was_written_is_taken_up(tmp_path: Path) -> None:
     assert manifest["optimizer"] == {"name": "AdamW", "updates": 3, "betas": [0.9, 0.999], "weight_decay": 0.1}
     # Nothing but the trained state: three float32 numbers for each of 39 parameters, and headers.
     assert (tmp_path / "step-3" / "rank-00000.safetensors").stat().st_size < 39 * 3 * 4 + 800
+
+
+def mapped(folder: Path) -> list[str]:
+    """Files of a folder that this process has mapped or open."""
+    opened = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+    lines = Path("/proc/self/maps").read_text().splitlines() + opened
+    return [line for line in lines if f"{folder.resolve()}/" in line]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs /proc")
+def test_a_folder_that_was_taken_up_is_not_held(tmp_path: Path) -> None:
+    """NFS keeps a deleted file that is still mapped, and its folder with it."""
+    write(tmp_path, 3)
+    found = checkpoints(tmp_path)
+    found.look()
+    assert mapped(tmp_path) == []
+    found.restore(State.drawn(0))
+    assert mapped(tmp_path) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs /proc")
+def test_a_calibrated_block_that_was_taken_up_is_not_held(tmp_path: Path) -> None:
+    parts = Parts(tmp_path / "parts", "key")
+    parts.write(0, Part({}, {"basis": torch.ones(3)}))
+    part = parts.read(0)
+    assert part is not None and mapped(tmp_path) == []
+    parts.clear()
+    assert torch.equal(part.tensors["basis"], torch.ones(3)) and not (tmp_path / "parts").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOTEMPTY, errno.EBUSY])
+def test_a_folder_in_use_is_deleted_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def fails(with_number: int) -> None:
+        def rmtree(folder: Path, **_: Any) -> None:
+            raise OSError(with_number, os.strerror(with_number), str(folder))
+
+        monkeypatch.setattr(artifacts.shutil, "rmtree", rmtree)
+
+    write(tmp_path, 2, 4, keep_last=2)
+    fails(number)
+    write(tmp_path, 6, 8, keep_last=2)
+    assert names(tmp_path) == [".step-2.old", ".step-4.old", "step-6", "step-8"]
+    monkeypatch.undo()
+    write(tmp_path, 10, keep_last=2)
+    assert names(tmp_path) == ["step-10", "step-8"]
+    fails(errno.EIO)
+    with pytest.raises(UserError, match="Input/output error"):
+        write(tmp_path, 12, keep_last=2)
 
 
 def test_nothing_there(tmp_path: Path) -> None:

@@ -32,10 +32,10 @@ from helpers.merge_world import (
     with_updates,
     write_inputs,
 )
-from nslora_dist import artifacts, base_files, watch
+from nslora_dist import artifacts, base_files, command, watch
 from nslora_dist.artifacts import write_sealed
 from nslora_dist.base_files import Checkpoint
-from nslora_dist.errors import EXIT_USER_ERROR, StorageError, UserError
+from nslora_dist.errors import EXIT_USER_ERROR, Preempted, StorageError, UserError
 from nslora_dist.evaluate_adapter import run_evaluation
 from nslora_dist.export import PLAIN_STARTS, read_adapter
 from nslora_dist.merge import run_merge
@@ -248,6 +248,25 @@ def test_nsc_writes_what_it_reports(
         atol=ATOL,
         rtol=0,
     )
+
+
+def test_every_unit_of_work_is_a_sign_of_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_model(tmp_path / "base", "llama")
+    for number, name in enumerate("ab"):
+        make_adapter(tmp_path / name, base, "llama", seed=number, r=3)
+    said: list[str] = []
+    monkeypatch.setattr(watch, "progress", said.append)
+    nsc = {"steps": 2, "batch_size": 4}
+    merge(tmp_path, tmp_path / "out", method="nsc", nsc=nsc, inputs=write_inputs(tmp_path, "llama"), output="model")
+    modules = read_adapter(tmp_path / "a")[0]
+    for number, module in enumerate(modules, start=1):
+        assert f"module {number} of {len(modules)}, {module}" in said and f"adding to {module}.weight" in said
+    assert {"model.embed_tokens", "model.layers.0", "step 1 of 2", "step 2 of 2"} <= set(said)
+    assert said.count("ω of b, inputs 5 to 7 of 7") == 2  # before and after
+    monkeypatch.setattr(watch, "stop_asked", lambda: True)
+    with pytest.raises(Preempted, match=r"nsc: stopped before ω of a, inputs 1 to 4 of 7, as asked; nothing is"):
+        merge(tmp_path, tmp_path / "no", method="nsc", nsc=nsc, inputs=write_inputs(tmp_path, "llama"))
+    assert not (tmp_path / "no").exists()
 
 
 def test_gram_merge_uses_what_lies_beside_the_adapters(tmp_path: Path) -> None:
@@ -567,7 +586,9 @@ def test_a_base_is_copied_in_blocks_that_count_as_progress(
 ) -> None:
     monkeypatch.setattr(full_model, "COPY_BYTES", 1 << 12)
     (tmp_path / "copy").mkdir()
-    said = list(full_model.copy_base(Checkpoint(sound / "base"), tmp_path / "copy"))
+    said: list[str] = []
+    monkeypatch.setattr(watch, "progress", said.append)
+    full_model.copy_base(Checkpoint(sound / "base"), tmp_path / "copy")
     weights = (sound / "base/model.safetensors").read_bytes()
     assert said.count("copying model.safetensors") == -(-len(weights) // (1 << 12)) > 10
     assert (tmp_path / "copy/model.safetensors").read_bytes() == weights
@@ -590,7 +611,7 @@ def test_a_full_model_s_files_are_fetched_with_its_weights(tmp_path: Path, monke
     monkeypatch.setattr(base_files, "snapshot_download", snapshot)
     base = Checkpoint(base_files.locate(MergeBase(path="org/base")))
     (tmp_path / "out").mkdir()
-    list(full_model.copy_base(base, tmp_path / "out"))
+    full_model.copy_base(base, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == kept | {"model.safetensors"}
 
 
@@ -672,6 +693,10 @@ def test_recipe_from_file_with_overrides(sound: Path, tmp_path: Path) -> None:
     assert made.sparse is not None and made.sparse.density == 0.5
     said = describe_merge(made)
     assert "a: 12 modules, rank 4, base " in said and "density: 0.5" in said
+
+
+def test_a_merge_has_a_time_out_of_its_own() -> None:
+    assert command._times(load_merge_recipe("merge_tiny", ["timeout_seconds=7200"])) == {"timeout_seconds": 7200.0}
 
 
 def test_shipped_recipe_merges_what_the_demo_leaves(tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ def batches() -> list[Batch]:
         mask[0, 3:] = 0
         made.append(Batch(ids, mask, None, torch.full_like(ids, IGNORED)))
     filler = torch.zeros(1, 2, dtype=torch.int64)
-    return [*made, Batch(filler, None, None, torch.full_like(filler, IGNORED), unmasked_padding=2)]
+    positions = [None, torch.arange(2)[None]]  # an idle rank's: of padded rows, and of packed ones
+    return [*made, *(Batch(filler, None, p, torch.full_like(filler, IGNORED), unmasked_padding=2) for p in positions)]
 
 
 @pytest.mark.parametrize(("residual", "freeze_a"), [(False, True), (True, False), (True, True)])

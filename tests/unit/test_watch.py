@@ -170,6 +170,15 @@ def test_who_is_missing() -> None:
     assert str(store_gone.lost(6.0)).startswith("the launcher of the first machine is gone")
 
 
+def test_ranks_stall_together_or_not_at_all() -> None:
+    """A rank that waits has begun nothing for as long as another is at work."""
+    ours = peers(a=(5, 0, True), b=(9, 0, False))  # the other last began something 9 s ago
+    ours._count, ours._moved = watch.current().count, time.monotonic() - 60.0
+    assert ours.nobody_goes_on(5.0) and not ours.nobody_goes_on(30.0)
+    watch.progress("another unit")
+    assert not ours.nobody_goes_on(5.0)
+
+
 def test_heartbeats_in_a_long_phase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with dist.process_group(heartbeat_seconds=0.3):
         logs.open_at(tmp_path)
