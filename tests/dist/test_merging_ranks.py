@@ -1,6 +1,5 @@
 """Null-space compression on two ranks, whole and sharded, takes the steps of one; errors end every rank."""
 
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from helpers.stages import started
 from helpers.world import make_recipe, make_texts, zero_config
 from torch import Tensor
 
-from nslora_dist import dist, watch
+from nslora_dist import dist
 from nslora_dist.calibration_data import text_batches
 from nslora_dist.errors import UserError
 from nslora_dist.effects import even_batches
