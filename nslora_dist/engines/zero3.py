@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from nslora_dist import dist
 from nslora_dist.data import Batch
-from nslora_dist.engines.base import MOMENTS, Job, Shard, make_optimizer, prepare, trained_by_name, whole_moments
+from nslora_dist.engines.base import (
+    MOMENTS,
+    Job,
+    Shard,
+    let_go,
+    make_optimizer,
+    prepare,
+    trained_by_name,
+    whole_moments,
+)
 from nslora_dist.errors import UserError
 from nslora_dist.recipe import Recipe, check_zero_config
 
@@ -19,7 +28,9 @@ from nslora_dist.recipe import Recipe, check_zero_config
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
 try:
     import deepspeed
+    from deepspeed.runtime.zero import parameter_offload
     from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
     from deepspeed.utils import (
         safe_get_full_fp32_param,
         safe_get_local_fp32_param,
@@ -226,6 +237,22 @@ class Zero3Engine:
     def close(self) -> None:
         """See ``Engine``. DeepSpeed keeps hooks and buffers until told."""
         self.engine.destroy()
+        _forget(self.engine.module)
+        let_go(self)
+
+
+def _forget(root: nn.Module) -> None:
+    """Takes a model out of what DeepSpeed keeps for the whole process, which ``destroy`` leaves as it is.
+
+    A root stays on the stack of the modules that are running, and every module, with the coordinator that knows all
+    parameters, in the cache of a method.
+    """
+    own = set(root.modules())
+    running = getattr(parameter_offload, "FWD_MODULE_STACK", [])
+    running[:] = [module for module in running if module not in own]
+    cached = getattr(PartitionedParameterCoordinator, "_PartitionedParameterCoordinator__params_to_release", None)
+    for cell in getattr(cached, "__closure__", None) or ():
+        getattr(cell.cell_contents, "cache_clear", lambda: None)()
 
 
 def gathered(parameter: Tensor) -> Tensor:
