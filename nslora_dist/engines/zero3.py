@@ -54,6 +54,9 @@ def deepspeed_config(recipe: Recipe, *, world_size: int) -> dict[str, Any]:
     """The whole DeepSpeed config: ZeRO knobs from ``engine.config``, everything else from the recipe."""
     settings = {} if recipe.engine.config is None else check_zero_config(recipe)
     bf16 = recipe.base_model.dtype == "bfloat16"
+    # The memory-efficient linear would replace F.linear in the whole process by one that keeps the input of frozen
+    # weights too; what is frozen here has a product of its own.
+    ours = {"stage": 3, "memory_efficient_linear": False}
     return settings | {
         "train_batch_size": recipe.train.global_batch_size,
         "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
@@ -63,7 +66,7 @@ def deepspeed_config(recipe: Recipe, *, world_size: int) -> dict[str, Any]:
         # Gradients are summed over micro-batches and ranks in float32, as FSDP2's are.
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": settings.get("zero_optimization", {}) | {"stage": 3},
+        "zero_optimization": settings.get("zero_optimization", {}) | ours,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
     }
@@ -89,8 +92,7 @@ class Zero3Engine:
         config = deepspeed_config(recipe, world_size=dist.world_size())
 
         def shard(name: str, unit: nn.Module) -> None:
-            # mem_efficient_linear would replace F.linear everywhere by one that keeps the input of frozen weights too.
-            _PartitionLocally(module=unit, config_dict_or_path=config, mem_efficient_linear=False)
+            _PartitionLocally(module=unit, config_dict_or_path=config)
 
         # On a CPU DeepSpeed would compile an extension for minutes that tensor-parallel inference alone calls.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -113,8 +115,9 @@ class Zero3Engine:
         """See ``Engine``."""
         self.engine.eval()
         right = self.engine(batch)
-        # Without a backward pass the parameters prefetched for one stay in flight, and nothing could gather them.
-        self.engine.empty_partition_cache()
+        # Without a backward pass the parameters prefetched for one stay in flight, and nothing could gather them. The
+        # engine's own method of this name collects garbage as well, which would be once for every token generated.
+        self.engine.optimizer.empty_partition_cache()
         return right
 
     def backward(self, loss: Tensor) -> None:
