@@ -173,29 +173,17 @@ class Zero3Engine:
     @torch.no_grad()
     def masters(self, names: Sequence[str]) -> list[Tensor]:
         """See ``Engine``."""
-        views, found = self._views, []
-        for name in names:
-            if name in views:
-                found.append(views[name])
-            else:
-                parameter = self.trained[name]
-                found.append(safe_get_local_fp32_param(parameter)[: _run(parameter)[1]])
-        return found
+        return [self._views[name] for name in names]
 
     @torch.no_grad()
     def scale(self, factors: Mapping[str, float]) -> None:
         """See ``Engine``."""
-        in_place = [name for name in factors if name in self._views]
-        if in_place:
-            torch._foreach_mul_([self._views[name] for name in in_place], [factors[name] for name in in_place])
-        for name in factors.keys() - self._views.keys():
-            parameter = self.trained[name]
-            safe_set_local_fp32_param(parameter, safe_get_local_fp32_param(parameter) * factors[name])
+        torch._foreach_mul_([self._views[name] for name in factors], list(factors.values()))
         self._copies_follow()
 
     @cached_property
     def _views(self) -> dict[str, Tensor]:
-        """This rank's run of every float32 master without its padding; of what is swapped to disk there is none.
+        """This rank's run of every float32 master without its padding.
 
         Looked up once: at every step, and by DeepSpeed's own look-up, which waits for the device at each of hundreds of
         parameters, it would take longer than what is done with them.
@@ -203,9 +191,8 @@ class Zero3Engine:
         zero, found = self.engine.optimizer, {}
         for name, parameter in self.trained.items():
             group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
-            if not zero._swappable_optimizer_subgroup(group):
-                flat = zero.fp32_partitioned_groups_flat[group].detach()
-                found[name] = flat.narrow(0, offset, _run(parameter)[1])
+            flat = zero.fp32_partitioned_groups_flat[group].detach()
+            found[name] = flat.narrow(0, offset, _run(parameter)[1])
         return found
 
     def _copies_follow(self) -> None:
