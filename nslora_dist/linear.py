@@ -35,7 +35,7 @@ class LowRank(NamedTuple):
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + bias, past ``functional.linear``, which DeepSpeed replaces by its own for the whole process."""
+    """x Wᵀ + bias, past ``functional.linear``, which DeepSpeed, where it is let, replaces in the whole process."""
     rows = x.flatten(0, -2)
     y = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
     return y.unflatten(0, x.shape[:-1])

@@ -15,6 +15,7 @@ from nslora_dist.recipe_train import CheckpointSection, EngineSection, TrainSect
 from nslora_dist.recipe_types import MIXTURE, Count, Fraction, Name, Names, Positive, Section, Seed, Where
 from nslora_dist.redact import redact_all
 from nslora_dist.zero_file import read_zero_config
+from nslora_dist.zero_knobs import check_knobs
 
 LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ARM_NAMES = {"lora_null": "null_space", "lora": "lora", "null_lora": "null_lora"}
@@ -260,7 +261,7 @@ class Recipe(Section):
                 "set train.micro_batch_size: 1 and a longer data.max_length"
             )
         if self.engine.name == "zero3" and self.engine.config is not None:
-            check_zero_config(self)
+            check_knobs(self.engine.config, check_zero_config(self))
         if self.engine.name != "zero3" and self.engine.config is not None:
             raise ValueError(f"engine.config is a DeepSpeed file, engine.name is '{self.engine.name}': leave it out")
         if self.train.compile and self.engine.name == "zero3":

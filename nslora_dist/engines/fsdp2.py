@@ -16,6 +16,7 @@ from nslora_dist.engines.base import (
     Shard,
     clip_and_step,
     kept_of,
+    let_go,
     make_optimizer,
     optimizer_shards,
     prepare,
@@ -109,4 +110,5 @@ class Fsdp2Engine:
         return (value.full_tensor() if isinstance(value, DTensor) else value).cpu().clone()
 
     def close(self) -> None:
-        """See ``Engine``. Nothing outlives the references."""
+        """See ``Engine``."""
+        let_go(self)

@@ -12,6 +12,7 @@ from nslora_dist.engines.base import (
     Shard,
     clip_and_step,
     kept_of,
+    let_go,
     make_optimizer,
     optimizer_shards,
     prepare,
@@ -88,4 +89,5 @@ class SingleEngine:
         return parameter.detach().cpu().clone()
 
     def close(self) -> None:
-        """See ``Engine``. Nothing outlives the references."""
+        """See ``Engine``."""
+        let_go(self)

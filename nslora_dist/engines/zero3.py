@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from nslora_dist import dist
 from nslora_dist.data import Batch
-from nslora_dist.engines.base import MOMENTS, Job, Shard, make_optimizer, prepare, trained_by_name, whole_moments
+from nslora_dist.engines.base import (
+    MOMENTS,
+    Job,
+    Shard,
+    let_go,
+    make_optimizer,
+    prepare,
+    trained_by_name,
+    whole_moments,
+)
 from nslora_dist.errors import UserError
 from nslora_dist.recipe import Recipe, check_zero_config, zero_settings
 
@@ -19,7 +28,9 @@ from nslora_dist.recipe import Recipe, check_zero_config, zero_settings
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
 try:
     import deepspeed
+    from deepspeed.runtime.zero import parameter_offload
     from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
     from deepspeed.utils import (
         safe_get_full_fp32_param,
         safe_get_local_fp32_param,
@@ -47,6 +58,9 @@ def deepspeed_config(recipe: Recipe, *, world_size: int) -> dict[str, Any]:
     """
     settings = {} if recipe.engine.config is None else check_zero_config(recipe)
     train = recipe.train.fitting(world_size)
+    # The memory-efficient linear would replace F.linear in the whole process by one that keeps the input of frozen
+    # weights too; what is frozen here has a product of its own.
+    ours = {"stage": 3, "memory_efficient_linear": False}
     return (
         settings
         | zero_settings(recipe)
@@ -54,7 +68,7 @@ def deepspeed_config(recipe: Recipe, *, world_size: int) -> dict[str, Any]:
             "train_batch_size": train.global_batch_size,
             "train_micro_batch_size_per_gpu": train.micro_batch_size,
             "gradient_accumulation_steps": train.accumulation(world_size),
-            "zero_optimization": settings.get("zero_optimization", {}) | {"stage": 3},
+            "zero_optimization": settings.get("zero_optimization", {}) | ours,
             "steps_per_print": 2**31,
         }
     )
@@ -80,8 +94,7 @@ class Zero3Engine:
         config = deepspeed_config(recipe, world_size=dist.world_size())
 
         def shard(name: str, unit: nn.Module) -> None:
-            # mem_efficient_linear would replace F.linear everywhere by one that keeps the input of frozen weights too.
-            _PartitionLocally(module=unit, config_dict_or_path=config, mem_efficient_linear=False)
+            _PartitionLocally(module=unit, config_dict_or_path=config)
 
         # On a CPU DeepSpeed would compile an extension for minutes that tensor-parallel inference alone calls.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -104,8 +117,9 @@ class Zero3Engine:
         """See ``Engine``."""
         self.engine.eval()
         right = self.engine(batch)
-        # Without a backward pass the parameters prefetched for one stay in flight, and nothing could gather them.
-        self.engine.empty_partition_cache()
+        # Without a backward pass the parameters prefetched for one stay in flight, and nothing could gather them. The
+        # engine's own method of this name collects garbage as well, which would be once for every token generated.
+        self.engine.optimizer.empty_partition_cache()
         return right
 
     def backward(self, loss: Tensor) -> None:
@@ -161,29 +175,17 @@ class Zero3Engine:
     @torch.no_grad()
     def masters(self, names: Sequence[str]) -> list[Tensor]:
         """See ``Engine``."""
-        views, found = self._views, []
-        for name in names:
-            if name in views:
-                found.append(views[name])
-            else:
-                parameter = self.trained[name]
-                found.append(safe_get_local_fp32_param(parameter)[: _run(parameter)[1]])
-        return found
+        return [self._views[name] for name in names]
 
     @torch.no_grad()
     def scale(self, factors: Mapping[str, float]) -> None:
         """See ``Engine``."""
-        in_place = [name for name in factors if name in self._views]
-        if in_place:
-            torch._foreach_mul_([self._views[name] for name in in_place], [factors[name] for name in in_place])
-        for name in factors.keys() - self._views.keys():
-            parameter = self.trained[name]
-            safe_set_local_fp32_param(parameter, safe_get_local_fp32_param(parameter) * factors[name])
+        torch._foreach_mul_([self._views[name] for name in factors], list(factors.values()))
         self._copies_follow()
 
     @cached_property
     def _views(self) -> dict[str, Tensor]:
-        """This rank's run of every float32 master without its padding; of what is swapped to disk there is none.
+        """This rank's run of every float32 master without its padding.
 
         Looked up once: at every step, and by DeepSpeed's own look-up, which waits for the device at each of hundreds of
         parameters, it would take longer than what is done with them.
@@ -191,9 +193,8 @@ class Zero3Engine:
         zero, found = self.engine.optimizer, {}
         for name, parameter in self.trained.items():
             group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
-            if not zero._swappable_optimizer_subgroup(group):
-                flat = zero.fp32_partitioned_groups_flat[group].detach()
-                found[name] = flat.narrow(0, offset, _run(parameter)[1])
+            flat = zero.fp32_partitioned_groups_flat[group].detach()
+            found[name] = flat.narrow(0, offset, _run(parameter)[1])
         return found
 
     def _copies_follow(self) -> None:
@@ -228,6 +229,22 @@ class Zero3Engine:
     def close(self) -> None:
         """See ``Engine``. DeepSpeed keeps hooks and buffers until told."""
         self.engine.destroy()
+        _forget(self.engine.module)
+        let_go(self)
+
+
+def _forget(root: nn.Module) -> None:
+    """Takes a model out of what DeepSpeed keeps for the whole process, which ``destroy`` leaves as it is.
+
+    A root stays on the stack of the modules that are running, and every module, with the coordinator that knows all
+    parameters, in the cache of a method.
+    """
+    own = set(root.modules())
+    running = getattr(parameter_offload, "FWD_MODULE_STACK", [])
+    running[:] = [module for module in running if module not in own]
+    cached = getattr(PartitionedParameterCoordinator, "_PartitionedParameterCoordinator__params_to_release", None)
+    for cell in getattr(cached, "__closure__", None) or ():
+        getattr(cell.cell_contents, "cache_clear", lambda: None)()
 
 
 def gathered(parameter: Tensor) -> Tensor:
