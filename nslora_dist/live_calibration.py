@@ -262,20 +262,26 @@ def _hooked(groups: Sequence[Group], mask: list[Tensor | None]) -> Iterator[None
 
         return hook
 
-    def take_output(group: Group, name: str) -> Any:
-        def hook(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
-            product = output if module.bias is None else output - module.bias
-            found = energy(tokens(product.detach()))
+    def take_output(group: Group, name: str) -> tuple[Any, Any]:
+        bias: list[Tensor] = []
+
+        def before(module: nn.Linear, args: tuple[Tensor, ...]) -> None:
+            # Behind the product a sharded bias is released, and to read it would gather it for good.
+            bias[:] = [] if module.bias is None else [module.bias.detach().clone()]
+
+        def after(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
+            found = energy(tokens((output - bias[0] if bias else output).detach()))
             group.outputs[name] = group.outputs[name] + found if name in group.outputs else found
 
-        return hook
+        return before, after
 
     hooks = []
     for group in groups:
         for number, (name, linear) in enumerate(group.modules.items()):
             if number == 0:
                 hooks.append(linear.register_forward_pre_hook(take_input(group)))
-            hooks.append(linear.register_forward_hook(take_output(group, name)))
+            before, after = take_output(group, name)
+            hooks += [linear.register_forward_pre_hook(before), linear.register_forward_hook(after)]
     try:
         yield
     finally:
@@ -330,18 +336,18 @@ def _solve(group: Group, *, rank: int, method: Literal["fast", "eigh"], owner: i
 def _mixes(
     model: nn.Module, groups: Sequence[Group], bases: Mapping[str, Tensor], batches: Iterable[Any]
 ) -> dict[str, Tensor]:
-    """module → M (r, r) with A₀ = M Uᵀ, from weights read inside a forward pass, where sharded ones are whole."""
+    """module → M (r, r) with A₀ = M Uᵀ, from weights read right before their products, where sharded ones are whole."""
     found: dict[str, Tensor] = {}
 
     def project(name: str, basis: Tensor) -> Any:
-        def hook(module: nn.Linear, args: Any, output: Any) -> None:
+        def hook(module: nn.Linear, args: Any) -> None:
             a, _ = projected_init(nf4.dense_weight(module), basis)
             found[name] = a.float() @ basis
 
         return hook
 
     hooks = [
-        linear.register_forward_hook(project(name, bases[group.name]))
+        linear.register_forward_pre_hook(project(name, bases[group.name]))
         for group in groups
         for name, linear in group.modules.items()
     ]

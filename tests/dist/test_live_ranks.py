@@ -22,7 +22,7 @@ def make(folder: Path | None = None, **more: Any) -> nn.Module:
     if folder is not None:
         return LlamaForCausalLM.from_pretrained(folder, **more)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=99, use_cache=False, **sizes))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=99, use_cache=False, **sizes, **more))
 
 
 def texts() -> list[dict[str, Tensor]]:
@@ -51,7 +51,9 @@ def shard(model: nn.Module, kind: str) -> tuple[nn.Module, nn.Module]:
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=False)
-        config = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 2}
+        # Without the threshold every parameter of so small a model would stay whole on every rank.
+        zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+        config = {"zero_optimization": zero, "train_micro_batch_size_per_gpu": 2}
         deepspeed.zero.Init(module=model, config_dict_or_path=config)
         engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
         return engine, model
@@ -62,10 +64,21 @@ def calibrate_live(kind: str, folder: Path, a_init: Any) -> dict[str, Any]:
     import nslora_dist
     from nslora_dist import dist
 
-    called, _ = shard(make(), kind)
+    called, inner = shard(make(attention_bias=True), kind)
     mine = texts()[dist.rank() :: dist.world_size()]
+    held: set[str] = set()
+    # The head is the last to run: what is whole there is its own, or was not released.
+    watching = inner.lm_head.register_forward_pre_hook(lambda *_: held.update(whole_under_zero3(inner)))
     space = nslora_dist.calibrate(called, mine, rank=RANK, target_modules=TARGETS, a_init=a_init, folder=folder)
-    return dict(space.manifest)
+    watching.remove()
+    external = [name for name, module in inner.named_modules() if getattr(module, "_external_params", None)]
+    return {**space.manifest, "held": held - {"lm_head.weight"}, "external": external}
+
+
+def whole_under_zero3(model: nn.Module) -> set[str]:
+    """Names of the parameters that ZeRO-3 holds whole at this moment."""
+    states = {name: getattr(parameter, "ds_status", None) for name, parameter in model.named_parameters()}
+    return {name for name, state in states.items() if state is not None and state.name == "AVAILABLE"}
 
 
 @pytest.mark.parametrize("a_init", ["orthonormal", "projected"])
@@ -77,6 +90,7 @@ def test_sharded_calibration_is_the_whole_models(tmp_path: Path, a_init: str) ->
     for kind in ("fsdp2", "zero3"):
         for found in run_ranks(calibrate_live, 2, kind, tmp_path / kind, a_init):
             assert found["groups"].keys() == alone["groups"].keys()
+            assert found["held"] == set() and found["external"] == []
             for name, entry in alone["modules"].items():
                 mine = found["modules"][name]
                 assert mine["references"]["calibration"] == pytest.approx(entry["references"]["calibration"], rel=1e-5)
