@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as torch_dist
 
-from nslora_dist.dist import _of_this_start
+from nslora_dist.meeting import _of_this_start
 
 
 def start(store: torch_dist.Store, world: int) -> list[torch_dist.Store]:
