@@ -129,10 +129,29 @@ def _meet() -> None:
         dist.all_reduce(torch.zeros(1))
 
 
+@contextmanager
+def _sendable(tensor: Tensor) -> Iterator[Tensor]:
+    """What stands for ``tensor`` in a collective: itself, or its copy on this rank's GPU, which is copied back.
+
+    Somebody else's group may have NCCL alone (``init_process_group("nccl")``), which sends nothing from a CPU.
+    """
+    if not tensor.is_cpu or torch.device("cpu") in dist.distributed_c10d._get_default_group()._device_types:
+        yield tensor
+        return
+    sent = tensor.to(_current_gpu(), copy=True)
+    yield sent
+    tensor.copy_(sent)
+
+
+def _current_gpu() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def all_reduce(tensor: Tensor) -> Tensor:
     """Sums ``tensor`` over the ranks in place and returns it."""
     if world_size() > 1:
-        dist.all_reduce(tensor)
+        with _sendable(tensor) as sent:
+            dist.all_reduce(sent)
     return tensor
 
 
@@ -146,7 +165,8 @@ def all_reduce_max(tensor: Tensor) -> Tensor:
 def broadcast(tensor: Tensor, *, source: int = 0) -> Tensor:
     """Overwrites ``tensor`` with ``source``'s, in place, and returns it."""
     if world_size() > 1:
-        dist.broadcast(tensor, src=source)
+        with _sendable(tensor) as sent:
+            dist.broadcast(sent, src=source)
     return tensor
 
 
@@ -157,7 +177,14 @@ def start_reduce_to(tensor: Tensor, *, owner: int) -> dist.Work | None:
         What to ``wait`` for before the tensor is read or freed; None where there is nothing to wait for. The other
         ranks' copies are undefined afterwards.
     """
-    return dist.reduce(tensor, dst=owner, async_op=True) if world_size() > 1 else None
+    if world_size() == 1:
+        return None
+    with _sendable(tensor) as sent:
+        work = dist.reduce(sent, dst=owner, async_op=True)
+        if sent is tensor:
+            return work
+        work.wait()
+    return None
 
 
 def rows_of(count: int) -> slice:
