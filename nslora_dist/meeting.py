@@ -14,7 +14,7 @@ def join(here: torch.device, timeout_seconds: float) -> None:
     """Makes the process group.
 
     Raises:
-        RankLost: the ranks did not meet in time.
+        RankLost: the ranks did not meet in time, or cannot reach each other.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     backend = "gloo"
@@ -34,10 +34,17 @@ def join(here: torch.device, timeout_seconds: float) -> None:
         waits = timedelta(seconds=timeout_seconds)
         dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=waits)
     except RuntimeError as error:
+        us = f"rank {os.environ.get('RANK')}: the {world} ranks"
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         said = str(error).strip().partition("\n")[0]
+        if "gloo" in str(error).lower():  # they have met, and told each other where gloo listens
+            raise RankLost(
+                f"{us} met at {where} and cannot reach each other ({said}); "
+                "name the network interface between the machines in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (ip -br "
+                "address lists them): /etc/hosts may lead from this machine's name to its loopback (127.0.1.1)"
+            ) from error
         raise RankLost(
-            f"rank {os.environ.get('RANK')}: the {world} ranks did not meet at {where} ({said}); look whether all were "
+            f"{us} did not meet at {where} ({said}); look whether all were "
             "started, reach that address, and find the port free"
         ) from error
 
