@@ -2,7 +2,6 @@
 
 import logging
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nslora_dist import logs, watch
-from nslora_dist.errors import BY_STATUS, EXIT_BUG, Preempted, RankLost, UserError, storage_error
+from nslora_dist.errors import BY_STATUS, EXIT_BUG, Preempted, UserError, storage_error
 from nslora_dist.guard import HEARTBEAT_SECONDS, Guard
+from nslora_dist.meeting import join, launcher_keeps_store
 from nslora_dist.peers import Peers
 
 log = logging.getLogger("nslora_dist")
@@ -81,7 +81,7 @@ def process_group(
     guard = Guard(timeout_seconds=timeout_seconds, grace_seconds=grace_seconds, heartbeat_seconds=heartbeat_seconds)
     try:
         here = device()
-        _join(here, timeout_seconds)
+        join(here, timeout_seconds)
         guard.peers = _peers()
         if guard.peers is not None:
             _Groups.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
@@ -107,69 +107,6 @@ def failed() -> bool:
     return dist.is_initialized()
 
 
-def _join(here: torch.device, timeout_seconds: float) -> None:
-    """Makes the process group.
-
-    Raises:
-        RankLost: the ranks did not meet in time.
-    """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    backend = "gloo"
-    if here.type == "cuda":
-        torch.cuda.set_device(here)
-        backend = "cuda:nccl,cpu:gloo"
-        if world > 1:
-            # NCCL would abort the process, without a word of ours; the guard ends it, after the same time.
-            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-    if "WORLD_SIZE" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        return
-    try:
-        store, number, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
-        if launcher_keeps_store():
-            store = _of_this_start(store, number, world, timeout_seconds)
-        waits = timedelta(seconds=timeout_seconds)
-        dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=waits)
-    except RuntimeError as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        said = str(error).strip().partition("\n")[0]
-        raise RankLost(
-            f"rank {os.environ.get('RANK')}: the {world} ranks did not meet at {where} ({said}); look whether all were "
-            "started, reach that address, and find the port free"
-        ) from error
-
-
-def _of_this_start(store: dist.Store, number: int, world: int, timeout_seconds: float) -> dist.Store:
-    """The part of a launcher's store that belongs to this start of the ranks alone.
-
-    ``torchrun`` keeps one store for as long as it lives, and its restarted ranks would find the addresses of those
-    before them there. Its count of restarts does not tell them apart: a machine that comes later counts from 0.
-
-    Raises:
-        RuntimeError: not all ranks came in time.
-    """
-    store = dist.PrefixStore("nslora", store)
-    if number != 0:
-        name = store.get(f"start of {store.add('came', 1)}").decode()
-        store.add(f"{name} met", 1)
-        return dist.PrefixStore(name, store)
-    name, answered, deadline = os.urandom(8).hex(), 0, time.monotonic() + timeout_seconds
-    while (met := store.add(f"{name} met", 0)) < world - 1:
-        came = store.add("came", 0)
-        for one in range(answered + 1, came + 1):  # those of earlier starts are among them, and gone
-            store.set(f"start of {one}", name)
-        answered = came
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"{met + 1} of them came within {timeout_seconds:.0f} s")
-        time.sleep(0.02)
-    return dist.PrefixStore(name, store)
-
-
-def launcher_keeps_store() -> bool:
-    """Whether the ranks meet in a store of their launcher's, not of rank 0's."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
 def _peers() -> Peers | None:
     """This rank's and the others' signs of life; None where there are no others."""
     run = torch.frombuffer(bytearray(os.urandom(8)), dtype=torch.uint8)
@@ -192,10 +129,29 @@ def _meet() -> None:
         dist.all_reduce(torch.zeros(1))
 
 
+@contextmanager
+def _sendable(tensor: Tensor) -> Iterator[Tensor]:
+    """What stands for ``tensor`` in a collective: itself, or its copy on this rank's GPU, which is copied back.
+
+    Somebody else's group may have NCCL alone (``init_process_group("nccl")``), which sends nothing from a CPU.
+    """
+    if not tensor.is_cpu or torch.device("cpu") in dist.distributed_c10d._get_default_group()._device_types:
+        yield tensor
+        return
+    sent = tensor.to(_current_gpu(), copy=True)
+    yield sent
+    tensor.copy_(sent)
+
+
+def _current_gpu() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def all_reduce(tensor: Tensor) -> Tensor:
     """Sums ``tensor`` over the ranks in place and returns it."""
     if world_size() > 1:
-        dist.all_reduce(tensor)
+        with _sendable(tensor) as sent:
+            dist.all_reduce(sent)
     return tensor
 
 
@@ -209,7 +165,8 @@ def all_reduce_max(tensor: Tensor) -> Tensor:
 def broadcast(tensor: Tensor, *, source: int = 0) -> Tensor:
     """Overwrites ``tensor`` with ``source``'s, in place, and returns it."""
     if world_size() > 1:
-        dist.broadcast(tensor, src=source)
+        with _sendable(tensor) as sent:
+            dist.broadcast(sent, src=source)
     return tensor
 
 
@@ -220,7 +177,14 @@ def start_reduce_to(tensor: Tensor, *, owner: int) -> dist.Work | None:
         What to ``wait`` for before the tensor is read or freed; None where there is nothing to wait for. The other
         ranks' copies are undefined afterwards.
     """
-    return dist.reduce(tensor, dst=owner, async_op=True) if world_size() > 1 else None
+    if world_size() == 1:
+        return None
+    with _sendable(tensor) as sent:
+        work = dist.reduce(sent, dst=owner, async_op=True)
+        if sent is tensor:
+            return work
+        work.wait()
+    return None
 
 
 def rows_of(count: int) -> slice:

@@ -232,31 +232,26 @@ def _hooked(groups: Sequence[Group], mask: list[Tensor | None]) -> Iterator[None
 
         return hook
 
-    biases: dict[str, Tensor] = {}
+    def take_output(group: Group, name: str) -> tuple[Any, Any]:
+        bias: list[Tensor] = []
 
-    def take_bias(name: str) -> Any:
-        # Before the product: behind it a sharded bias is released, and to read it would gather it for good.
-        def hook(module: nn.Linear, args: tuple[Tensor, ...]) -> None:
-            if module.bias is not None:
-                biases[name] = module.bias.detach().clone()
+        def before(module: nn.Linear, args: tuple[Tensor, ...]) -> None:
+            # Behind the product a sharded bias is released, and to read it would gather it for good.
+            bias[:] = [] if module.bias is None else [module.bias.detach().clone()]
 
-        return hook
-
-    def take_output(group: Group, name: str) -> Any:
-        def hook(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
-            product = output - biases.pop(name) if name in biases else output
-            found = energy(tokens(product.detach()))
+        def after(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
+            found = energy(tokens((output - bias[0] if bias else output).detach()))
             group.outputs[name] = group.outputs[name] + found if name in group.outputs else found
 
-        return hook
+        return before, after
 
     hooks = []
     for group in groups:
         for number, (name, linear) in enumerate(group.modules.items()):
             if number == 0:
                 hooks.append(linear.register_forward_pre_hook(take_input(group)))
-            hooks.append(linear.register_forward_pre_hook(take_bias(name)))
-            hooks.append(linear.register_forward_hook(take_output(group, name)))
+            before, after = take_output(group, name)
+            hooks += [linear.register_forward_pre_hook(before), linear.register_forward_hook(after)]
     try:
         yield
     finally:

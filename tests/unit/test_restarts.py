@@ -1,12 +1,14 @@
-"""Ranks that torchrun starts again meet in the store in which those before them met."""
+"""Ranks that torchrun starts again meet in the store in which those before them met; and ranks that do not meet."""
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as torch_dist
 
-from nslora_dist.dist import _of_this_start
+from nslora_dist.errors import RankLost
+from nslora_dist.meeting import _of_this_start, join
 
 
 def start(store: torch_dist.Store, world: int) -> list[torch_dist.Store]:
@@ -32,3 +34,26 @@ def test_a_rank_that_never_comes() -> None:
     store.set_timeout(timedelta(seconds=0.1))
     with pytest.raises(RuntimeError):
         _of_this_start(store, 1, 2, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (
+            "[enforce fail at /x/gloo/transport/tcp/pair.cc:1] Gloo connectFullMesh failed\nmore",
+            r"rank 1: the 2 ranks met at head:29500 and cannot reach each other \(.* failed\); name the network "
+            "interface between the machines in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME",
+        ),
+        ("wait timeout after 5000ms", r"rank 1: the 2 ranks did not meet at head:29500 \(wait timeout"),
+    ],
+)
+def test_ranks_that_cannot_reach_each_other(monkeypatch: pytest.MonkeyPatch, fault: str, said: str) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError(fault)
+
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "head", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch_dist, "rendezvous", lambda *_, **__: iter([(torch_dist.HashStore(), 1, 2)]))
+    monkeypatch.setattr(torch_dist, "init_process_group", fails)
+    with pytest.raises(RankLost, match=said):
+        join(torch.device("cpu"), 5.0)
