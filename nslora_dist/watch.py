@@ -37,6 +37,7 @@ class Current:
 class _State:
     frames: tuple[_Frame, ...] = (_Frame("starting", time.monotonic()),)
     count = 0
+    waiting = False
     stop: str | None = None
     saved: str | None = None
 
@@ -72,6 +73,21 @@ def progress(text: str) -> None:
     """Says that another unit of work was begun, as in ``step 7 of 400, micro-batch 1``; cheap enough for any loop."""
     _state.frames[-1].progress = text
     _state.count += 1
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Says that this rank, if it stands still here, waits for others: over NCCL it does so where it reads a number."""
+    _state.waiting = True
+    try:
+        yield
+    finally:
+        _state.waiting = False
+
+
+def is_waiting() -> bool:
+    """Whether it said so."""
+    return _state.waiting
 
 
 def current() -> Current:

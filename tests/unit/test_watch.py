@@ -165,6 +165,24 @@ def test_who_is_missing() -> None:
     assert str(store_gone.lost(6.0)).startswith("the launcher of the first machine is gone")
 
 
+def test_a_rank_that_reads_what_others_give_says_that_it_waits() -> None:
+    """Over NCCL it stands in a line of ours then, and in no frame of a collective."""
+    store = torch.distributed.PrefixStore("watch", torch.distributed.HashStore())
+    ours = Peers(store, rank=0, world_size=1, keeper=0)
+
+    def waits() -> bool:
+        ours._moved = time.monotonic() - 9.0
+        ours._say()
+        return bool(json.loads(store.get("alive/0"))["waiting"])
+
+    class Numbers:
+        def tolist(self) -> bool:
+            return waits()
+
+    assert dist.numbers(Numbers()) is True  # type: ignore[arg-type]
+    assert not waits()
+
+
 def test_ranks_stall_together_or_not_at_all() -> None:
     """A rank that waits has begun nothing for as long as another is at work."""
     ours = peers(a=(5, 0, True), b=(9, 0, False))  # the other last began something 9 s ago
