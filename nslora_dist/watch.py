@@ -1,6 +1,7 @@
 """What this rank is doing, and whether it was asked to stop: read by log records, heartbeats and the other ranks.
 
-Plain values that one thread, the main one, writes and others read; nothing here waits or touches a file.
+Plain values that the main thread writes, or threads that it waits for, and others read; nothing here waits or touches a
+file.
 """
 
 import time

@@ -7,13 +7,15 @@ import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from nslora_dist import command, dist, guard, logs, watch
+from nslora_dist import base_files, command, dist, guard, logs, watch
 from nslora_dist.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_STORAGE, Preempted, UserError, storage_error
 from nslora_dist.peers import Peers, Sign
+from nslora_dist.recipe import BaseModelSection
 
 log = logging.getLogger("nslora_dist")
 
@@ -190,6 +192,21 @@ def test_ranks_stall_together_or_not_at_all() -> None:
     assert ours.nobody_goes_on(5.0) and not ours.nobody_goes_on(30.0)
     watch.progress("another unit")
     assert not ours.nobody_goes_on(5.0)
+
+
+def test_what_is_fetched_from_the_hub_is_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = [watch.current().count]
+
+    def fetch(name: str, *, tqdm_class: Any, **_: Any) -> str:
+        with tqdm_class(total=20, disable=True) as bar:
+            for _ in range(2):
+                bar.update(10)
+                counts.append(watch.current().count)
+        return str(tmp_path)
+
+    monkeypatch.setattr(base_files, "snapshot_download", fetch)
+    assert base_files.locate(BaseModelSection(path="somebody/base")) == tmp_path
+    assert counts[0] < counts[1] < counts[2]
 
 
 def test_heartbeats_in_a_long_phase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
