@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nslora_dist import watch
 from nslora_dist.errors import UserError
 from nslora_dist.explain import nearest
 from nslora_dist.named import is_local
@@ -129,6 +131,14 @@ class Checkpoint:
         return digest.hexdigest()
 
 
+class _Fetching(tqdm):
+    """The hub's own bar; to the other ranks every piece that arrives is a sign of progress."""
+
+    def update(self, n: float | None = 1) -> bool | None:
+        watch.progress("fetching the base model")
+        return super().update(n)
+
+
 def locate(section: BaseModelSection) -> Path:
     """The local folder of the base: the path itself, or a hub snapshot without pickles.
 
@@ -143,7 +153,9 @@ def locate(section: BaseModelSection) -> Path:
         raise UserError(f"base_model.path {section.path}: no such folder")
     try:
         patterns = ["*.safetensors", *COMPANIONS]
-        return Path(snapshot_download(section.path, revision=section.revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(section.path, revision=section.revision, allow_patterns=patterns, tqdm_class=_Fetching)
+        )
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

@@ -158,7 +158,8 @@ class Budget:
             dist.all_reduce(self.edges)  # one rank gives an element and the others zero: nothing is rounded
             batch, mine = self.split
             batch.add(sums, self.edges[mine])
-        found = dist.all_reduce(sums).clamp_min_(0).sqrt_().tolist()  # C in float32 is definite up to rounding alone
+        # C in float32 is definite up to rounding alone.
+        found = dist.numbers(dist.all_reduce(sums).clamp_min_(0).sqrt_())
         return dict(zip(self.modules, found, strict=True))
 
 

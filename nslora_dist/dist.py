@@ -155,6 +155,12 @@ def all_reduce(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def numbers(tensor: Tensor) -> Any:
+    """``tensor.tolist()`` of what collectives have made: there a rank on a GPU waits for a rank that has not come."""
+    with watch.waiting():
+        return tensor.tolist()
+
+
 def all_reduce_max(tensor: Tensor) -> Tensor:
     """Takes the largest of the ranks' elements in place and returns it."""
     if world_size() > 1:

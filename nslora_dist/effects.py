@@ -79,7 +79,7 @@ def measure(
             [torch.stack([seen.update[name], seen.output[name], seen.input[name]]) for name in seen.update]
         )
         dist.all_reduce(sums)
-        nats, tokens = dist.all_reduce(total).tolist()
+        nats, tokens = dist.numbers(dist.all_reduce(total))
         energies = dict(zip(seen.update, sums, strict=True))
         found.append(Effect(text.name, text.weight, energies, nats / tokens if with_divergence else None))
     return found

@@ -82,7 +82,7 @@ def exact_match(engine: Engine, batches: Sequence[Batch], *, device: torch.devic
         watch.progress(f"{name}, batch {number} of {len(batches)}")
         totals[0] += engine.matches(batch.to(device)).sum()
         totals[1] += batch.supervised_rows
-    right, asked = dist.all_reduce(totals).tolist()
+    right, asked = dist.numbers(dist.all_reduce(totals))
     return right / asked
 
 

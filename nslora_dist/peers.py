@@ -115,7 +115,7 @@ class Peers:
         self._beat += 1
         still = self.still
         frame = sys._current_frames().get(self._main or 0)
-        waiting = self.waited or (still > BEAT_SECONDS and waits_in_collective(frame))
+        waiting = self.waited or (still > BEAT_SECONDS and (watch.is_waiting() or waits_in_collective(frame)))
         mine = Sign(self._beat, self._count, still, waiting, this_node())
         self._beats.set(f"alive/{self.rank}", json.dumps(asdict(mine)))
 

@@ -60,7 +60,7 @@ def log_likelihoods(
                 labels[row, len(tokens) - scored : len(tokens)] = ids[row, len(tokens) - scored : len(tokens)]
             batch = Scored(ids, mask, None, labels)
         found = engine.matches(batch.to(device))
-        return [(sum_, greedy == 1.0) for sum_, greedy in found.tolist()] if mine else []
+        return [(sum_, greedy == 1.0) for sum_, greedy in dist.numbers(found)] if mine else []
 
     return _in_turns(rows, score, key=lambda row: len(row[0]), batch_size=batch_size, name=name)
 
@@ -115,7 +115,7 @@ def continuations(
             positions = (mask.cumsum(1) - 1).clamp_(min=0)[:, -ids.shape[1] :]
             ids = engine.matches(Continued(ids, mask, positions, ids, cache=cache))[:, None]
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-            for row, token in enumerate(ids[: len(mine), 0].tolist()):
+            for row, token in enumerate(dist.numbers(ids[: len(mine), 0])):
                 if not done[row]:
                     new[row].append(token)
                     done[row] = ends(new[row])

@@ -179,7 +179,7 @@ def _forward_and_backward(
         UserError: no token of it is scored.
     """
     counts = [sum(b.supervised_tokens for b in batches), sum(b.token_count for b in batches)]
-    supervised, seen = dist.all_reduce(torch.tensor(counts, dtype=torch.float64, device=device)).tolist()
+    supervised, seen = dist.numbers(dist.all_reduce(torch.tensor(counts, dtype=torch.float64, device=device)))
     if not supervised:
         raise UserError(f"training, {place}: none of its tokens is scored; raise data.max_length")
     summed = torch.zeros((), dtype=torch.float64, device=device)
@@ -195,7 +195,7 @@ def _forward_and_backward(
         engine.backward(nll * (dist.world_size() / supervised))
     for module in modules:
         module.measure = False
-    return float(dist.all_reduce(summed)) / supervised, int(seen)
+    return dist.numbers(dist.all_reduce(summed)) / supervised, int(seen)
 
 
 def _leave(engine: Engine, result: Trained, checkpoints: Checkpoints | None, *, description: str, total: int) -> str:

@@ -1,6 +1,7 @@
 """What this rank is doing, and whether it was asked to stop: read by log records, heartbeats and the other ranks.
 
-Plain values that one thread, the main one, writes and others read; nothing here waits or touches a file.
+Plain values that the main thread writes, or threads that it waits for, and others read; nothing here waits or touches a
+file.
 """
 
 import time
@@ -37,6 +38,7 @@ class Current:
 class _State:
     frames: tuple[_Frame, ...] = (_Frame("starting", time.monotonic()),)
     count = 0
+    waiting = False
     stop: str | None = None
     saved: str | None = None
 
@@ -72,6 +74,21 @@ def progress(text: str) -> None:
     """Says that another unit of work was begun, as in ``step 7 of 400, micro-batch 1``; cheap enough for any loop."""
     _state.frames[-1].progress = text
     _state.count += 1
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Says that this rank, if it stands still here, waits for others: over NCCL it does so where it reads a number."""
+    _state.waiting = True
+    try:
+        yield
+    finally:
+        _state.waiting = False
+
+
+def is_waiting() -> bool:
+    """Whether it said so."""
+    return _state.waiting
 
 
 def current() -> Current:

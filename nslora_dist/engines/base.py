@@ -226,7 +226,9 @@ def clip_and_step(
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    if bool(norm.isfinite()):
+    with watch.waiting():  # over NCCL for the ranks whose gradients are still missing
+        finite = bool(norm.isfinite())
+    if finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -112,7 +112,7 @@ def optimise(
             raise UserError("nsc: no λ acts on a target's ω; raise nsc.target_fraction")
         dist.all_reduce(table.grad)
         dist.all_reduce(total)
-        losses.append(float(total))
+        losses.append(dist.numbers(total))
         if not bool(torch.isfinite(table.grad).all()):
             raise UserError(f"nsc: the gradient of λ is not finite in step {len(losses)}; use base_model.dtype=float32")
         reached |= (table.grad != 0).any(1)
@@ -248,7 +248,7 @@ def _measure(
                     mine[task] = mine[task] + part if task in mine else part
         flat = torch.stack([value for ratios in sums.values() for value in ratios.values()])
         dist.all_reduce(flat)
-        values = iter(flat.tolist())
+        values = iter(dist.numbers(flat))
         found.append({module: {task: next(values) for task in ratios} for module, ratios in sums.items()})
     return found
 

@@ -601,7 +601,7 @@ def test_a_full_model_s_files_are_fetched_with_its_weights(tmp_path: Path, monke
         (tmp_path / "hub" / name).write_text("{}")
     save_file({"w": torch.zeros(1)}, tmp_path / "hub" / "model.safetensors")
 
-    def snapshot(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def snapshot(name: str, *, revision: str | None, allow_patterns: list[str], tqdm_class: Any) -> str:
         there = [path.name for path in (tmp_path / "hub").iterdir()]
         (tmp_path / "cache").mkdir()
         for found in filter_repo_objects(there, allow_patterns=allow_patterns):

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from nslora_dist import command, dist, guard, logs, watch
+from nslora_dist import base_files, command, dist, guard, logs, watch
 from nslora_dist.batches import Batch
 from nslora_dist.calibration_data import CalibrationTexts
 from nslora_dist.effects import measure
 from nslora_dist.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_STORAGE, Preempted, UserError, storage_error
 from nslora_dist.peers import Peers, Sign
+from nslora_dist.recipe import BaseModelSection
 from nslora_dist.update_grams import collect_update_grams
 
 log = logging.getLogger("nslora_dist")
@@ -170,6 +171,24 @@ def test_who_is_missing() -> None:
     assert str(store_gone.lost(6.0)).startswith("the launcher of the first machine is gone")
 
 
+def test_a_rank_that_reads_what_others_give_says_that_it_waits() -> None:
+    """Over NCCL it stands in a line of ours then, and in no frame of a collective."""
+    store = torch.distributed.PrefixStore("watch", torch.distributed.HashStore())
+    ours = Peers(store, rank=0, world_size=1, keeper=0)
+
+    def waits() -> bool:
+        ours._moved = time.monotonic() - 9.0
+        ours._say()
+        return bool(json.loads(store.get("alive/0"))["waiting"])
+
+    class Numbers:
+        def tolist(self) -> bool:
+            return waits()
+
+    assert dist.numbers(Numbers()) is True  # type: ignore[arg-type]
+    assert not waits()
+
+
 def test_ranks_stall_together_or_not_at_all() -> None:
     """A rank that waits has begun nothing for as long as another is at work."""
     ours = peers(a=(5, 0, True), b=(9, 0, False))  # the other last began something 9 s ago
@@ -177,6 +196,21 @@ def test_ranks_stall_together_or_not_at_all() -> None:
     assert ours.nobody_goes_on(5.0) and not ours.nobody_goes_on(30.0)
     watch.progress("another unit")
     assert not ours.nobody_goes_on(5.0)
+
+
+def test_what_is_fetched_from_the_hub_is_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = [watch.current().count]
+
+    def fetch(name: str, *, tqdm_class: Any, **_: Any) -> str:
+        with tqdm_class(total=20, disable=True) as bar:
+            for _ in range(2):
+                bar.update(10)
+                counts.append(watch.current().count)
+        return str(tmp_path)
+
+    monkeypatch.setattr(base_files, "snapshot_download", fetch)
+    assert base_files.locate(BaseModelSection(path="somebody/base")) == tmp_path
+    assert counts[0] < counts[1] < counts[2]
 
 
 def test_heartbeats_in_a_long_phase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
