@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,8 +26,10 @@ log = logging.getLogger("nslora_dist")
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> None:
+def fresh() -> Iterator[None]:
     watch.reset()
+    yield
+    watch.reset()  # whoever was asked to stop here is not asked in the next file's tests
 
 
 def lines(path: Path) -> list[dict[str, object]]:
