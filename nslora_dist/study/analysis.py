@@ -1,6 +1,6 @@
 """From cells' lines to the figures of the summary: frontiers by method, and curves along anything else."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -56,10 +56,10 @@ def analyse(lines: Sequence[Line], study: Study) -> dict[str, Any]:
         study: whose cells they are.
 
     Returns:
-        ``cells``; ``settings``, one entry a size, task and calibration (an arm that no calibration shapes stands in
-        each), with the best adaptation of all and the figures of every arm and variant; ``sweeps``, one entry a grid
-        along weight decay, size and task, with those of its variants; ``curves``, one entry a grid that varies
-        something else than the method, size and task.
+        ``cells``; ``compared``, the arms of the first grid that compares methods; ``settings``, one entry a size, task
+        and calibration (an arm that no calibration shapes stands in each), with the best adaptation of all and the
+        figures of every arm and variant; ``sweeps``, one entry a grid along weight decay, size and task, with those of
+        its variants; ``curves``, one entry a grid that varies something else than the method, size and task.
     """
     planned, settings, learned = planned_settings(study), [], {}
     for (size, task), own in grouped(of_methods(lines, study), lambda line: (line["size"], line["task"])).items():
@@ -87,6 +87,7 @@ def analyse(lines: Sequence[Line], study: Study) -> dict[str, Any]:
             )
     return {
         "cells": len(lines),
+        "compared": next((list(grid.arms) for grid in study.grids.values() if grid.along is None), []),
         "settings": settings,
         "sweeps": sweeps(lines, study, learned),
         "curves": curves(lines, study),
@@ -121,9 +122,9 @@ def of_first_calibration(settings: Sequence[Mapping[str, Any]]) -> list[Mapping[
     return [setting for setting in settings if setting["calibration"] == settings[0]["calibration"]]
 
 
-def whole_arms(setting: Mapping[str, Any]) -> dict[str, Any]:
-    """Of one entry of ``settings``, the arms of which all was run: tuned over less, one looks worse than it is."""
-    return {name: own for name, own in setting["arms"].items() if not own["missing"]}
+def whole_arms(setting: Mapping[str, Any], compared: Collection[str]) -> dict[str, Any]:
+    """Of one entry of ``settings``, the compared arms of which all was run: tuned over less, one looks worse."""
+    return {name: own for name, own in setting["arms"].items() if name in compared and not own["missing"]}
 
 
 def sweeps(lines: Sequence[Line], study: Study, learned: Mapping[tuple[str, str], float]) -> list[dict[str, Any]]:

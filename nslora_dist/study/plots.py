@@ -50,7 +50,7 @@ def draw_study(folder: Path, lines: Sequence[Line], study: Study, found: Mapping
     for setting in shown:
         own = [line for line in methods if (line["size"], line["task"]) == (setting["size"], setting["task"])]
         arms = arms_of(own, setting["calibration"], planned)
-        if chosen_arms := {name: arms[name] for name in whole_arms(setting)}:
+        if chosen_arms := {name: arms[name] for name in whole_arms(setting, found["compared"])}:
             whole[setting["size"], setting["task"]] = chosen_arms
     if whole:
         drawn.append(folder / "headline.png")

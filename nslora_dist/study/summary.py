@@ -1,6 +1,6 @@
 """``summary.md`` and ``summary.json``: every figure is computed from ``cells.jsonl``, and from nothing else."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def text_of(found: Mapping[str, Any], *, name: str, missing: int, plots: Sequenc
     parts = [f"# Study {name}: {found['cells']} cells"]
     if missing:
         parts.append(f"**Unfinished: {missing} cells are missing.**")
-    parts += [_headline(found["settings"])] if found["settings"] else []
+    parts += [_headline(found["settings"], found["compared"])] if found["settings"] else []
     parts += [f"![{path.stem}]({path})" for path in plots if path.stem == "headline"]
     parts.append(HOW)
     for setting in found["settings"]:
@@ -76,11 +76,11 @@ HOW = (
 )
 
 
-def _headline(settings: Sequence[Mapping[str, Any]]) -> str:
-    """Every arm in one row, on every base and task with the first calibration."""
+def _headline(settings: Sequence[Mapping[str, Any]], compared: Collection[str]) -> str:
+    """Every compared arm in one row, on every base and task with the first calibration."""
     shown = of_first_calibration(settings)
-    whole = [whole_arms(setting) for setting in shown]
-    every = {name: own for setting in shown for name, own in setting["arms"].items()}
+    whole = [whole_arms(setting, compared) for setting in shown]
+    every = {name: own for setting in shown for name, own in setting["arms"].items() if name in compared}
 
     def cells(name: str, arms: Mapping[str, Any]) -> list[str]:
         if name not in arms:

@@ -85,7 +85,9 @@ def test_an_arm_that_was_not_run_whole_does_not_stand_in_the_headline(lines: lis
         rows[name] = [row for row in text.splitlines() if row.startswith("| pissa |")]
     assert "–" not in rows["whole"][0].split("|")[2] and " 15 |" in rows["whole"][1]
     assert rows["cut"][0] == "| pissa | – | – |" and " 9 of 15 |" in rows["cut"][1]
-    assert whole_arms(analyse(cut, STUDY)["settings"][0]).keys() == set(STUDY.grids["frontier"].arms) - {"pissa"}
+    found = analyse(cut, STUDY)
+    whole = whole_arms(found["settings"][0], found["compared"])
+    assert whole.keys() == set(STUDY.grids["frontier"].arms) - {"pissa"}
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/study.md"])
