@@ -147,11 +147,11 @@ def _current_gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def all_reduce(tensor: Tensor) -> Tensor:
-    """Sums ``tensor`` over the ranks in place and returns it."""
+def all_reduce(tensor: Tensor, *, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """Sums ``tensor`` over the ranks in place, or what ``op`` says, and returns it."""
     if world_size() > 1:
         with _sendable(tensor) as sent:
-            dist.all_reduce(sent)
+            dist.all_reduce(sent, op=op)
     return tensor
 
 
@@ -163,9 +163,7 @@ def numbers(tensor: Tensor) -> Any:
 
 def all_reduce_max(tensor: Tensor) -> Tensor:
     """Takes the largest of the ranks' elements in place and returns it."""
-    if world_size() > 1:
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor
+    return all_reduce(tensor, op=dist.ReduceOp.MAX)
 
 
 def broadcast(tensor: Tensor, *, source: int = 0) -> Tensor:

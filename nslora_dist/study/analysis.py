@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from nslora_dist.study.settings import Line, Planned, over_same_seeds, planned_settings, setting_of
+from nslora_dist.study.settings import Line, Planned, Setting, over_same_seeds, planned_settings, setting_of
 from nslora_dist.study.spec import Study
 from nslora_dist.study.statistics import (
     Array,
@@ -102,13 +102,13 @@ def arms_of(lines: Sequence[Line], calibration: str, planned: Planned) -> dict[s
     }
 
 
-def planned_of(planned: Planned, line: Line, calibration: str) -> frozenset[tuple[float, float]]:
+def planned_of(planned: Planned, line: Line, calibration: str) -> frozenset[Setting]:
     """The settings that are planned for a line's arm, where it is compared under a calibration."""
     size, task, arm = line["size"], line["task"], line["arm"]
     return planned.get((size, task, calibration, arm)) or planned[size, task, None, arm]
 
 
-def _run_of(lines: Sequence[Line], planned: frozenset[tuple[float, float]]) -> dict[str, int]:
+def _run_of(lines: Sequence[Line], planned: frozenset[Setting]) -> dict[str, int]:
     return {"planned": len(planned), "missing": len(planned - {setting_of(line) for line in lines})}
 
 

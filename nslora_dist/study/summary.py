@@ -299,16 +299,13 @@ def _score(value: float | None) -> str:
 
 def _small(found: Mapping[str, Any]) -> str:
     """As ``_interval``, of values over decades."""
-    value, low, high = found["value"], found["low"], found["high"]
-    if value is None:
-        return NONE
-    return f"{value:.2g}" if low is None else f"{value:.2g} [{low:.2g}, {high:.2g}]"
+    return _interval(found, form=".2g")
 
 
-def _interval(found: Mapping[str, Any]) -> str:
+def _interval(found: Mapping[str, Any], *, form: str = ".3f") -> str:
     value, low, high = found["value"], found["low"], found["high"]
     if value is None:
         return NONE
     if low is None:
-        return f"{value:.3f}" if found["share"] == 1 else f"{value:.3f} ({found['share']:.0%})"
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+        return f"{value:{form}}" if found["share"] == 1 else f"{value:{form}} ({found['share']:.0%})"
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
