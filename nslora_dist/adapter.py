@@ -24,13 +24,15 @@ class Observation:
     """Sums over the tokens seen while adapters are measured instead of applied (METHODS.md §1c, by a forward pass).
 
     ``mask`` is the current batch's (b, s) bool of real tokens, None for all. ``update``, ``output`` and ``input`` map a
-    module name to Σ‖ΔW x‖², Σ‖W x‖² and Σ‖x‖², float64 scalars on the module's device.
+    module name to Σ‖ΔW x‖², Σ‖W x‖² and Σ‖x‖², float64 scalars on the module's device; ``grams`` to A G Aᵀ, (r, r)
+    float64, or None where nobody wants it.
     """
 
     mask: Tensor | None = None
     update: dict[str, Tensor] = field(default_factory=dict)
     output: dict[str, Tensor] = field(default_factory=dict)
     input: dict[str, Tensor] = field(default_factory=dict)
+    grams: dict[str, Tensor] | None = None
 
 
 class Adapter(nn.Module, ABC):
@@ -103,6 +105,18 @@ class Adapter(nn.Module, ABC):
         return scale * functional.linear(functional.linear(x, a), b)
 
     @torch.no_grad()
+    def gram_of(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Zᵀ Z of z = A x, (r, r) float64: a batch's part of C = A G Aᵀ; whole inside a forward pass alone.
+
+        Args:
+            x: (..., d_in).
+            mask: (...) bool of real tokens; None for all.
+        """
+        z = functional.linear(x, self.down(x.dtype)).float()
+        z = z.flatten(0, -2) if mask is None else z[mask]
+        return (z.T @ z).double()
+
+    @torch.no_grad()
     def _observe(self, seen: Observation, x: Tensor) -> Tensor:
         products: list[Tensor] = []
         self.base.watch = products.append  # type: ignore[assignment]
@@ -110,6 +124,9 @@ class Adapter(nn.Module, ABC):
             y: Tensor = self.base(x)
         finally:
             self.base.watch = None  # type: ignore[assignment]
+        if seen.grams is not None:
+            gram = self.gram_of(x, seen.mask)
+            seen.grams[self.name] = seen.grams[self.name] + gram if self.name in seen.grams else gram
         update, output = self.update(x), products[0]
         if seen.mask is not None:
             update, output, x = update[seen.mask], output[seen.mask], x[seen.mask]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nslora_dist import dist, watch
+from nslora_dist import artifacts, dist, watch
 from nslora_dist.arm_job import Arm
 from nslora_dist.arms import BaseScores, FinishedArm, evaluation_hash
 from nslora_dist.budget import Budget
@@ -97,9 +97,10 @@ def run_arm(arm: Arm, bench: Bench, report: dict[str, Any]) -> dict[str, Any]:
 def _train(arm: Arm, bench: Bench, report: dict[str, Any], hashes: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
     """Loads, trains and measures; the adapter is still in the engine."""
     section, clock, device = arm.recipe.train, bench.clock, bench.device
-    belongs_to = identity(
-        arm.recipe, {"base": bench.base, "rows": arm.data.hash, "null_space": start_hash(arm, bench.folder)}
-    )
+    made_of = {"base": bench.base, "rows": arm.data.hash, "null_space": start_hash(arm, bench.folder)}
+    if arm.recipe.adapter.measures_a:
+        made_of["texts"] = artifacts.hash_json([bench.hashes["data"], bench.hashes["settings"]])
+    belongs_to = identity(arm.recipe, made_of)
     checkpoints = Checkpoints(
         bench.checkpoints(arm.name), arm.recipe.checkpoint, belongs_to=belongs_to, engine=arm.recipe.engine.name
     )
@@ -113,9 +114,9 @@ def _train(arm: Arm, bench: Bench, report: dict[str, Any], hashes: dict[str, Any
         with clock.phase("evaluation", "the base"):
             base = evaluate(engine, bench.sets.before_training(), device=device)
             kept.write(base)
-    budget = Budget.of(engine, arm.recipe.adapter, device=device)
     tensorboard = bench.folder / "tensorboard" / arm.name
     with clock.phase("training", arm.name), Scalars(tensorboard, start=checkpoints.step) as scalars:
+        budget = Budget.of(engine, arm.recipe, bench.texts, device=device)
         trained = train(
             engine,
             arm.data,

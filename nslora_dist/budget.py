@@ -23,9 +23,11 @@ from torch import Tensor
 from nslora_dist import dist
 from nslora_dist.adapter import AdaptedLinear, adapted_linears
 from nslora_dist.calibration.store import MIXTURE
+from nslora_dist.calibration_data import CalibrationTexts
+from nslora_dist.effects import measure_frozen_a
 from nslora_dist.engines import Engine
 from nslora_dist.errors import UserError
-from nslora_dist.recipe import AdapterSection, BudgetOver
+from nslora_dist.recipe import BudgetOver, Recipe
 
 B = ".lora_B"
 BATCH = 2**23
@@ -119,10 +121,22 @@ class Budget:
         self.split = _Batch([], torch.tensor(numbers, dtype=torch.long, device=self.device), forms[numbers]), mine
 
     @classmethod
-    def of(cls, engine: Engine, adapter: AdapterSection, *, device: torch.device) -> "Budget | None":
-        """The recipe's budget; None where it sets none."""
+    def of(
+        cls, engine: Engine, recipe: Recipe, texts: Sequence[CalibrationTexts], *, device: torch.device
+    ) -> "Budget | None":
+        """The recipe's budget; None where it sets none.
+
+        Args:
+            engine: before its first step.
+            recipe: of the arm.
+            texts: the calibration's, for an A that no calibration pass has seen: they are run once.
+            device: this rank's.
+        """
+        adapter = recipe.adapter
         if adapter.interference_budget is None:
             return None
+        if adapter.measures_a:
+            measure_frozen_a(engine, texts, batch_size=recipe.calibration.batch_size, device=device)
         return cls(engine, limit=adapter.interference_budget, over=adapter.budget_over, device=device)
 
     def enforce(self) -> Kept:

@@ -1,7 +1,7 @@
 """What an adapter does to texts: interference, by a forward pass or from r × r matrices, and its divergence."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,12 +28,14 @@ class Effect:
         weight: in the mixture of the sources; None for a probe.
         energies: module → Σ‖ΔW x‖², Σ‖W x‖², Σ‖x‖² on the base's own activations, (3,) float64.
         divergence: mean over tokens of KL(base ‖ adapted) of the next token, in nats; None where it was not measured.
+        grams: module → C = A G Aᵀ (r, r) float64; empty where it was not measured.
     """
 
     name: str
     weight: float | None
     energies: dict[str, Tensor]
     divergence: float | None
+    grams: dict[str, Tensor] = field(default_factory=dict)
 
 
 def measure(
@@ -43,6 +45,7 @@ def measure(
     batch_size: int,
     device: torch.device,
     with_divergence: bool = True,
+    with_grams: bool = False,
 ) -> list[Effect]:
     """Runs the base over every text, the adapter measured beside it, and then the adapted model; collective.
 
@@ -56,6 +59,7 @@ def measure(
         batch_size: sequences of a rank at once.
         device: of the engine.
         with_divergence: without it there is one pass over the texts and not two.
+        with_grams: C of every module as well.
 
     Raises:
         Preempted: a rank was asked to stop.
@@ -63,10 +67,10 @@ def measure(
     found = []
     for text in texts:
         batches = text_batches(text.calibration, batch_size=batch_size, rank=dist.rank(), world_size=dist.world_size())
-        seen = Observation()
+        seen = Observation(grams={} if with_grams else None)
         total = torch.zeros(2, dtype=torch.float64, device=device)
         for batch in even_batches(batches, device=device):
-            dist.stop_if_asked(f"evaluation: stopped in the effect on {text.name}")
+            dist.stop_if_asked(f"stopped in the effect on {text.name}")
             watch.progress(f"effect on {text.name}")
             real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
             seen.mask = (real.bool() & (batch.unmasked_padding == 0)).to(device)
@@ -81,8 +85,32 @@ def measure(
         dist.all_reduce(sums)
         nats, tokens = dist.numbers(dist.all_reduce(total))
         energies = dict(zip(seen.update, sums, strict=True))
-        found.append(Effect(text.name, text.weight, energies, nats / tokens if with_divergence else None))
+        grams = {} if seen.grams is None else {name: dist.all_reduce(gram) for name, gram in seen.grams.items()}
+        found.append(Effect(text.name, text.weight, energies, nats / tokens if with_divergence else None, grams))
     return found
+
+
+def measure_frozen_a(
+    engine: Engine, texts: Sequence[CalibrationTexts], *, batch_size: int, device: torch.device
+) -> None:
+    """Gives adapters whose A is frozen but was drawn, not calibrated, what the calibration pass gives the others.
+
+    C = A G Aᵀ and tr(W G Wᵀ) of every source, probe and of the mixture come from one forward pass over the texts: no
+    Gram of the inputs is made, which would be d_in² numbers a group. Collective; the base's function alone counts, so
+    it may be called whatever B is. Same bits on every rank; on another number of ranks sums are rounded otherwise.
+
+    Raises:
+        Preempted: a rank was asked to stop.
+    """
+    effects = measure(engine, texts, batch_size=batch_size, device=device, with_divergence=False, with_grams=True)
+    mixed = mixture(effects)
+    for name, module in adapted_linears(engine.model).items():
+        grams = {effect.name: effect.grams[name] for effect in effects}
+        parts = [share(e, e.energies[name]) * e.grams[name] for e in effects if e.weight is not None]
+        grams[MIXTURE] = torch.stack(parts).sum(0)
+        module.update_grams = {of: gram.float() for of, gram in grams.items()}
+        module.references = {effect.name: float(effect.energies[name][1]) for effect in effects}
+        module.references[MIXTURE] = float(mixed[name][1])
 
 
 def even_batches(batches: list[Batch], *, device: torch.device) -> list[Batch]:
@@ -104,9 +132,15 @@ def mixture(effects: Sequence[Effect]) -> dict[str, Tensor]:
     for effect in effects:
         if effect.weight is not None:
             for module, energies in effect.energies.items():
-                share = effect.weight / energies[2].clamp_min(SMALLEST) * energies
-                mixed[module] = mixed[module] + share if module in mixed else share
+                part = share(effect, energies) * energies
+                mixed[module] = mixed[module] + part if module in mixed else part
     return mixed
+
+
+def share(effect: Effect, energies: Tensor) -> Tensor:
+    """What a source's sums are multiplied by in the mixture: its weight over Σ‖x‖² of a module."""
+    assert effect.weight is not None
+    return effect.weight / energies[2].clamp_min(SMALLEST)
 
 
 def interference(effects: Sequence[Effect]) -> dict[str, dict[str, Tensor]]:

@@ -113,7 +113,8 @@ class AdapterSection(Section):
 
     ``interference_budget`` is the most that ‖ΔW X‖ / ‖W X‖ (METHODS.md §1c) may come to on the mixture of all
     calibration sources, after every optimizer step: B is scaled back to it. With ``budget_over: module`` every module
-    keeps within it; with ``total`` the root mean square over modules does, and all B are scaled by one factor.
+    keeps within it; with ``total`` the root mean square over modules does, and all B are scaled by one factor. For a
+    frozen A and a B from zero: ``lora_null`` in delta form, and ``lora`` with ``freeze_a: true``.
     """
 
     method: Literal["lora_null", "lora", "null_lora"] = "lora_null"
@@ -138,6 +139,11 @@ class AdapterSection(Section):
         """Whether A stays as initialised: by default for lora_null, not for lora."""
         return self.method == "lora_null" if self.freeze_a is None else self.freeze_a
 
+    @property
+    def measures_a(self) -> bool:
+        """Whether training starts with a pass over the calibration texts, to know a random A's A G Aᵀ."""
+        return self.method == "lora" and self.interference_budget is not None
+
     @model_validator(mode="after")
     def _form(self) -> "AdapterSection":
         if self.method == "lora" and self.form == "residual":
@@ -155,11 +161,13 @@ class AdapterSection(Section):
         if self.interference_budget is None:
             if self.budget_over != "module":
                 raise ValueError("budget_over says what interference_budget is over: set that too, or leave both out")
-        elif self.method != "lora_null" or self.form != "delta":
+        elif self.method == "null_lora" or self.form != "delta" or not self.a_is_frozen:
             here = f"form '{self.form}'" if self.method == "lora_null" else f"method '{self.method}'"
+            here += " with A trained" if self.method == "lora" else ""
             raise ValueError(
-                "interference_budget needs an A that stays as it was calibrated and a B that starts from zero, and "
-                f"{here} has not: set method: lora_null and form: delta, or interference_budget: null"
+                f"interference_budget needs an A that stays as it was and a B that starts from zero, and {here} has "
+                "not: set method: lora_null and form: delta, or method: lora and freeze_a: true, or "
+                "interference_budget: null"
             )
         return self
 

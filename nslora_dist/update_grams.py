@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from nslora_dist import dist, watch
 from nslora_dist.adapter import Adapter, adapted_linears
@@ -95,7 +94,5 @@ def collect_update_grams(
 
 def _add(sums: dict[str, Tensor], real: list[Tensor], name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
     assert isinstance(module, Adapter)
-    x: Tensor = args[0]
-    z = functional.linear(x, module.down(x.dtype)).float()[real[0]]
-    gram = (z.T @ z).double()
+    gram = module.gram_of(args[0], real[0])
     sums[name] = sums[name] + gram if name in sums else gram

@@ -53,7 +53,7 @@ def run_cell(bench: Bench, cell: Cell, *, version: str) -> dict[str, Any]:
     trained, diverged = Trained(), None
     before = time.perf_counter()
     try:
-        budget = Budget.of(engine, recipe.adapter, device=device)
+        budget = Budget.of(engine, recipe, texts, device=device)
         trained = train(
             engine, data, recipe.train, device=device, scalars=_Silent(), budget=budget, description=cell.id
         )

@@ -17,6 +17,7 @@ from nslora_dist.adapter import adapted_linears
 from nslora_dist.budget import Budget
 from nslora_dist.calibration.store import MIXTURE
 from nslora_dist.data import Batch
+from nslora_dist.effects import interference
 from nslora_dist.engines import Engine
 from nslora_dist.report import Scalars
 from nslora_dist.trainer import train
@@ -38,6 +39,7 @@ class Budgeted:
         dense: by step, module → interference after it, from the gathered B.
         factors: every B at the end.
         live: module → what the forward pass makes of it at the end.
+        seen: module → the same by ‖ΔW x‖ and ‖W x‖ of every token of the calibration texts.
         facts: what the report is told.
     """
 
@@ -46,6 +48,7 @@ class Budgeted:
     dense: list[dict[str, float]]
     factors: dict[str, Tensor]
     live: dict[str, float]
+    seen: dict[str, float]
     facts: dict[str, Any] | None = None
 
 
@@ -91,7 +94,7 @@ def _train(layout: str, world: Path, name: str, changes: dict[str, Any]) -> Budg
         stage.data.micro_batches = micro_batches  # type: ignore[method-assign]
         checkpoints = checkpoints_of(stage, folder)
         checkpoints.look()
-        budget = Budget.of(stage.engine, recipe.adapter, device=stage.run.device)
+        budget = Budget.of(stage.engine, recipe, stage.run.texts, device=stage.run.device)
         with Scalars(folder / "tensorboard", start=checkpoints.step) as scalars:
             trained = train(
                 stage.engine,
@@ -109,6 +112,7 @@ def _train(layout: str, world: Path, name: str, changes: dict[str, Any]) -> Budg
             dense=[*dense[1:], measured(stage.engine)],
             factors={n: stage.engine.gather(m.lora_B) for n, m in adapted_linears(stage.engine.model).items()},
             live={n: float(value) for n, value in stage.interference()[MIXTURE].items()},
+            seen={n: float(value) for n, value in interference(stage.effects(batch_size=4))[MIXTURE].items()},
             facts=None if budget is None else budget.facts(),
         )
 

@@ -97,7 +97,7 @@ def resume(layout: str, world: Path, name: str, start: Path | None, changes: dic
                 device=stage.run.device,
                 scalars=scalars,
                 checkpoints=checkpoints,
-                budget=Budget.of(stage.engine, recipe.adapter, device=stage.run.device),
+                budget=Budget.of(stage.engine, recipe, stage.run.texts, device=stage.run.device),
             )
         factors = _factors(stage.engine)
     return Resumed(trained, factors, seen, checkpoints.history)

@@ -47,7 +47,7 @@ class Stage:
     def train(self) -> Trained:
         """The whole training."""
         with Scalars(self.run.folder / "tensorboard") as scalars:
-            budget = Budget.of(self.engine, self.recipe.adapter, device=self.run.device)
+            budget = Budget.of(self.engine, self.recipe, self.run.texts, device=self.run.device)
             here = {"device": self.run.device, "scalars": scalars, "budget": budget}
             return train(self.engine, self.data, self.recipe.train, **here)
 

@@ -211,10 +211,12 @@ def test_what_is_not_finite_is_left_to_the_next_loss() -> None:
 def test_no_budget_and_no_reference() -> None:
     engine: Any = one_rank(random_values(0))
     section = AdapterSection(rank=RANK, interference_budget=0.25, budget_over="total")
-    made = Budget.of(engine, section, device=CPU)
+    recipe: Any = SimpleNamespace(adapter=section)
+    made = Budget.of(engine, recipe, [], device=CPU)
     assert made is not None and (made.limit, made.over) == (0.25, "total")
     nothing: Any = SimpleNamespace(model=None)
-    assert Budget.of(nothing, AdapterSection(rank=RANK), device=CPU) is None
+    none: Any = SimpleNamespace(adapter=AdapterSection(rank=RANK))
+    assert Budget.of(nothing, none, [], device=CPU) is None
     engine.model.b.references[MIXTURE] = 0.0
     with pytest.raises(UserError, match="interference_budget: b puts out nothing but zeros"):
-        Budget.of(engine, section, device=CPU)
+        Budget.of(engine, recipe, [], device=CPU)

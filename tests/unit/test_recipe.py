@@ -118,11 +118,7 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
         ({"adapter": {"budget_over": "total"}}, "budget_over says what interference_budget is over: set that too"),
         ({"adapter": {"interference_budget": 0.1, "budget_over": "all"}}, "adapter.budget_over"),
         ({"adapter": {"interference_budget": 0.1, "form": "residual"}}, "form 'residual' has not: set method"),
-        ({"adapter": {"interference_budget": 0.1, "method": "lora"}}, "method 'lora' has not: set method: lora_null"),
-        (
-            {"adapter": {"interference_budget": 0.1, "method": "lora", "freeze_a": True}},
-            "method 'lora' has not: set method",
-        ),
+        ({"adapter": {"interference_budget": 0.1, "method": "lora"}}, "method 'lora' with A trained has not: set"),
         ({"adapter": {"interference_budget": 0.1, "method": "null_lora"}}, "method 'null_lora' has not: set method"),
         ({"data": {"packing": True}, "base_model": {"attention": "eager"}}, "data.packing needs an attention"),
         ({"base_model": {"attention": "flash_attention_2", "dtype": "float32"}}, "base_model.dtype: bfloat16"),
@@ -383,6 +379,9 @@ def test_a_budget_is_the_method_s_own_and_part_of_what_a_checkpoint_belongs_to(t
     mine = {"interference_budget": 0.05, "budget_over": "module"}
     recipe = load_recipe(write(tmp_path, adapter=mine, evaluation={"baselines": arms}))
     assert recipe.arm("plain").adapter.interference_budget is recipe.arm("free").adapter.interference_budget is None
+    frozen = {"method": "lora", "freeze_a": True}
+    random = load_recipe(write(tmp_path, adapter=mine | frozen, evaluation={"baselines": {"own": {"adapter": frozen}}}))
+    assert random.adapter.measures_a and random.arm("own").adapter.interference_budget is not None
     total = load_recipe(write(tmp_path, adapter=mine | {"budget_over": "total"}, evaluation={"baselines": arms}))
     assert identity(recipe, {}) != identity(total, {})
     assert identity(recipe, {}) != identity(recipe.arm("free"), {})
