@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
+from nslora_dist.study.fresh import on_fresh_seeds
+from nslora_dist.study.points import chosen_of, grouped, points, relative_retention, variant
 from nslora_dist.study.settings import Line, Planned, Setting, over_same_seeds, planned_settings, setting_of
 from nslora_dist.study.spec import Study
 from nslora_dist.study.statistics import (
@@ -16,36 +18,9 @@ from nslora_dist.study.statistics import (
     safe_band,
 )
 
-T = TypeVar("T")
 SHARES = (0.95, 0.99)
 KEEPS = 0.95
 DECAY = "weight_decay"
-
-
-def relative_retention(line: Line) -> float:
-    """Retention over the base's own."""
-    base = float(line["base"]["retention"])
-    return float(line["retention"]) / base if base > 0 else 0.0
-
-
-def forgetting(line: Line, piece: str | None = None) -> float:
-    """The base's retention less the adapter's, of all pieces or of one."""
-    if piece is None:
-        return float(line["base"]["retention"]) - float(line["retention"])
-    return float(line["base"]["retention_by"][piece]) - float(line["retention_by"][piece])
-
-
-def variant(line: Line) -> str:
-    """The method as a comparison names it: arm and weight decay."""
-    return f"{line['arm']}, wd {line['weight_decay']:g}"
-
-
-def grouped(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
-    """Lines, or anything else, by a key, in order of appearance."""
-    found: dict[Any, list[T]] = {}
-    for item in items:
-        found.setdefault(key(item), []).append(item)
-    return found
 
 
 def analyse(lines: Sequence[Line], study: Study) -> dict[str, Any]:
@@ -71,6 +46,7 @@ def analyse(lines: Sequence[Line], study: Study) -> dict[str, Any]:
         best = learned[size, task] = _best_adaptation([here for of_arm in arms.values() for here in of_arm.values()])
         for calibration, of_arm in arms.items():
             variants = grouped(of_calibration(own, calibration), variant)
+            all_of = grouped(of_calibration(own, calibration), lambda line: line["arm"])
             settings.append(
                 {
                     "size": size,
@@ -79,7 +55,9 @@ def analyse(lines: Sequence[Line], study: Study) -> dict[str, Any]:
                     "best_adaptation": best,
                     "base": own[0]["base"],
                     "arms": {
-                        name: _arm(here, best=best) | _run_of(here, planned_of(planned, here[0], calibration))
+                        name: _arm(here, best=best)
+                        | _run_of(here, planned_of(planned, here[0], calibration))
+                        | {"fresh": on_fresh_seeds(all_of[name], here, target=SHARES[0] * best)}
                         for name, here in of_arm.items()
                     },
                     "variants": {name: _variant(here, best=best) for name, here in sorted(variants.items())},
@@ -217,32 +195,6 @@ def shaped(line: Line) -> bool:
     return line["method"] in ("lora_null", "corda")
 
 
-def points(lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """Means over seeds, one a learning rate of a variant and calibration."""
-    found = []
-    for own in grouped(lines, lambda line: (variant(line), line["calibration"], line["learning_rate"])).values():
-        task = np.array([float(line["adaptation"]) for line in own])
-        kept = np.array([relative_retention(line) for line in own])
-        found.append(
-            {
-                "learning_rate": float(own[0]["learning_rate"]),
-                "weight_decay": float(own[0]["weight_decay"]),
-                "seeds": len(own),
-                "adaptation": float(task.mean()),
-                "retention": float(kept.mean()),
-                "adaptation_spread": float(task.std()),
-                "retention_spread": float(kept.std()),
-                "interference": float(np.mean([line["interference"]["calibration"]["rms"] for line in own])),
-                "retention_by": {
-                    piece: float(np.mean([line["retention_by"][piece] for line in own]))
-                    for piece in own[0]["retention_by"]
-                },
-                "diverged": sum(line["diverged"] is not None for line in own),
-            }
-        )
-    return sorted(found, key=lambda point: float(point["learning_rate"]))
-
-
 def _best_adaptation(compared: Iterable[Sequence[Line]]) -> float:
     """The most that any setting learned, on average over its seeds."""
     return max((float(point["adaptation"]) for own in compared for point in points(own)), default=0.0)
@@ -261,7 +213,7 @@ def _arm(lines: Sequence[Line], *, best: float) -> dict[str, Any]:
         "trained_parameters": lines[0]["trained_parameters"],
         "area": asdict(over_seeds(values, lambda mean: _area(mean, start))),
         "retention_at": {f"{share:g}": asdict(over_seeds(values, _kept_at(share * best))) for share in SHARES},
-        "chosen": _chosen(points(lines), target=SHARES[0] * best),
+        "chosen": chosen_of(points(lines), target=SHARES[0] * best),
         "covered": lines[0]["covered"] if shaped(lines[0]) else [],
     }
 
@@ -299,9 +251,3 @@ def _by_seed(lines: Sequence[Line]) -> Array:
             for own in grouped(in_order, lambda line: line["seed"]).values()
         ]
     )
-
-
-def _chosen(points: Sequence[Mapping[str, Any]], *, target: float) -> Mapping[str, Any] | None:
-    """The setting that keeps most among those that reach the target."""
-    reached = [point for point in points if float(point["adaptation"]) >= target - 1e-12]
-    return max(reached, key=lambda point: float(point["retention"])) if reached else None

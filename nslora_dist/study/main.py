@@ -12,6 +12,7 @@ from nslora_dist.errors import UserError
 from nslora_dist.guard import described
 from nslora_dist.quiet import quiet
 from nslora_dist.study.cells import Cell, cells_of
+from nslora_dist.study.fresh import to_confirm
 from nslora_dist.study.lines import FILE, of_cells, read_lines
 from nslora_dist.study.run import missing, run_cells, usable
 from nslora_dist.study.spec import Study, load_study
@@ -32,6 +33,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--minutes", type=float, metavar="N", help="begin no further cell after so long")
     made.add_argument("--dry-run", action="store_true", help="list the missing cells and say how long they take")
     made.add_argument("--summary", action="store_true", help="only write the summary of the cells that are there")
+    made.add_argument(
+        "--confirm",
+        action="store_true",
+        help="only cells that try the setting that an arm's finished seeds choose on a further seed",
+    )
     for name in FILTERS:
         made.add_argument(f"--{name}", nargs="+", metavar="NAME", help=f"only cells of this {name}")
     return made
@@ -51,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
         study = load_study("quick" if given.quick else given.study, given.output)
         everything = cells_of(study)
         chosen = _filtered(everything, given)
+        if given.confirm:
+            chosen = _to_confirm(study, everything, chosen)
         if given.dry_run:
             print(describe(study, chosen, processes=given.processes))  # noqa: T201
             return 0
@@ -111,6 +119,18 @@ def _filtered(cells: Sequence[Cell], given: argparse.Namespace) -> list[Cell]:
     return list(cells)
 
 
+def _to_confirm(study: Study, everything: Sequence[Cell], chosen: Sequence[Cell]) -> list[Cell]:
+    from nslora_dist.study.analysis import analyse
+
+    lines = of_cells(read_lines(Path(study.output_dir) / FILE)[0], everything)
+    found = to_confirm(chosen, analyse(lines, study)["settings"])
+    if not found:
+        raise UserError(
+            "--confirm: no arm among these has all its settings with one seed and a seed left to try; run those first"
+        )
+    return found
+
+
 def describe(study: Study, cells: Sequence[Cell], *, processes: int) -> str:
     """The missing cells, and the time they take by the recipe's own figures."""
     todo = missing(study, cells)
@@ -121,13 +141,18 @@ def describe(study: Study, cells: Sequence[Cell], *, processes: int) -> str:
     ]
     parts.append(f"{len(todo)} of {len(cells)} cells are missing in {study.output_dir}")
     for name, size in study.sizes.items():
-        own = sum(cell.size == name for cell in todo)
+        own = [cell for cell in todo if cell.size == name]
         if not own:
             continue
-        each = "an unmeasured time" if size.seconds is None else f"{size.seconds:g} s"
-        text = f"{name} ({size.device}): {own} cells of {each}"
-        if size.seconds is not None:
-            text += f", {own * size.seconds / 3600 / processes:.1f} hours over {processes} processes"
+        text = f"{name} ({size.device}): {len(own)} cells"
+        if size.seconds is None:
+            text += " of an unmeasured time"
+        else:
+            steps = study.training.steps
+            shortest = min(steps.values())
+            seconds = sum(size.seconds * steps[cell.task] / shortest for cell in own)
+            text += f" of {size.seconds:g} s for {shortest} steps"
+            text += f", {seconds / 3600 / processes:.1f} hours over {processes} processes"
         if size.minutes is not None:
             text += f"; its base {size.minutes:g} minutes, once"
         parts.append(text)

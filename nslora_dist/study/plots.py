@@ -9,17 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nslora_dist.plots import COLORS, MARKERS, STYLE
-from nslora_dist.study.analysis import (
-    arms_of,
-    forgetting,
-    grouped,
-    of_calibration,
-    of_first_calibration,
-    of_methods,
-    plot_of,
-    relative_retention,
-    whole_arms,
-)
+from nslora_dist.study.analysis import arms_of, of_calibration, of_first_calibration, of_methods, plot_of, whole_arms
+from nslora_dist.study.points import forgetting, grouped, relative_retention
 from nslora_dist.study.settings import Line, over_same_seeds, planned_settings, setting_of
 from nslora_dist.study.spec import Study
 from nslora_dist.study.statistics import frontier

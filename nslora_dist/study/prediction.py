@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nslora_dist.study.analysis import forgetting, grouped
+from nslora_dist.study.points import forgetting, grouped
 from nslora_dist.study.settings import Line
 from nslora_dist.study.spec import AGGREGATES, FEW, PIECES, Study, StudyArm
 from nslora_dist.study.statistics import Array, over_pairs, safe_below, spearman

@@ -43,7 +43,8 @@ def text_of(found: Mapping[str, Any], *, name: str, missing: int, plots: Sequenc
     parts = [f"# Study {name}: {found['cells']} cells"]
     if missing:
         parts.append(f"**Unfinished: {missing} cells are missing.**")
-    parts += [_headline(found["settings"], found["compared"])] if found["settings"] else []
+    if found["settings"]:
+        parts += [_headline(found["settings"], found["compared"]), FRESH, _fresh(found["settings"], found["compared"])]
     parts += [f"![{path.stem}]({path})" for path in plots if path.stem == "headline"]
     parts.append(HOW)
     for setting in found["settings"]:
@@ -100,6 +101,37 @@ def _headline(settings: Sequence[Mapping[str, Any]], compared: Collection[str]) 
         where = f"{setting['size']} {setting['task'].replace('_', ' ')}"
         header += [f"{where}: area", f"at {SHARES[0]:.0%}"]
     return markdown_table(header, rows)
+
+
+FRESH = (
+    "On fresh seeds: adaptation / retention of the setting that the other seeds choose, the mean over the seeds in "
+    "parentheses; where no setting reaches 95% of the best adaptation, of the one that learns most."
+)
+
+
+def _fresh(settings: Sequence[Mapping[str, Any]], compared: Collection[str]) -> str:
+    """What the choice of a setting is worth where it was not made: every compared arm, on every base and task."""
+    shown = of_first_calibration(settings)
+    tried = [
+        {name: own for name, own in whole_arms(setting, compared).items() if own["fresh"]["seeds"]} for setting in shown
+    ]
+    columns = [place for place, arms in enumerate(tried) if arms]
+    if not columns:
+        return "None yet."
+    names = {name: own for place in columns for name, own in tried[place].items()}
+    header = ["arm", *(f"{shown[p]['size']} {shown[p]['task'].replace('_', ' ')}" for p in columns)]
+    rows = [
+        [_named(name, own), *(_learned_and_kept(tried[place].get(name)) for place in columns)]
+        for name, own in sorted(names.items(), key=lambda item: list(compared).index(item[0]))
+    ]
+    return markdown_table(header, rows)
+
+
+def _learned_and_kept(own: Mapping[str, Any] | None) -> str:
+    if own is None:
+        return NONE
+    fresh = own["fresh"]
+    return f"{_score(fresh['adaptation'])} / {_interval(fresh['retention'])} ({fresh['seeds']})"
 
 
 def _base(setting: Mapping[str, Any]) -> str:

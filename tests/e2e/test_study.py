@@ -93,6 +93,8 @@ def test_a_dry_run_lists_what_is_missing(done: Path, tmp_path: Path, capsys: pyt
     said = here(capsys, tmp_path / "new", "--dry-run", "--arm", "pissa")[1]
     assert "2 of 2 cells are missing" in said and said.count(" pissa ") == 2
     assert not (tmp_path / "new").exists()
+    status, said = here(capsys, done, "--confirm")
+    assert status == 2 and "--confirm: no arm among these has all its settings with one seed and a seed left" in said
 
 
 def test_a_line_has_what_was_measured(done: Path) -> None:

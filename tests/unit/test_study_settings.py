@@ -1,9 +1,13 @@
 """What of an arm is compared: settings with the same seeds, the planned ones first."""
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from nslora_dist.study.analysis import analyse
-from nslora_dist.study.cells import cells_of
+from nslora_dist.study.cells import Cell, cells_of
+from nslora_dist.study.fresh import on_fresh_seeds, to_confirm
 from nslora_dist.study.settings import over_same_seeds, planned_settings, setting_of
 from nslora_dist.study.spec import load_study
 
@@ -52,6 +56,18 @@ def test_what_is_planned_is_the_arms_own_where_a_grid_has_it() -> None:
     assert ("1m", "minimum", "part", "lora") not in planned and planned["1m", "minimum", None, "lora"]
 
 
+def cell_line(cell: Cell, adaptation: float, retention: float) -> dict[str, Any]:
+    """A line of a cell as ``run_cell`` leaves it, as far as methods are compared."""
+    return (
+        {key: getattr(cell, key) for key in ("grids", "size", "task", "calibration", "arm", "seed")}
+        | {"learning_rate": cell.learning_rate, "weight_decay": cell.weight_decay, "covered": [], "budget": None}
+        | {"method": "lora", "matched": "parameters", "rank": 16, "trained_parameters": 1, "diverged": None}
+        | {"adaptation": adaptation, "retention": retention, "retention_by": {"sum": 1.0}}
+        | {"base": {"adaptation": 0.0, "retention": 1.0, "retention_by": {"sum": 1.0}}}
+        | {"interference": {"calibration": {"rms": 0.1}}, "seconds": 1.0, "processor_seconds": 1.0}
+    )
+
+
 def test_one_lucky_seed_does_not_move_the_yardstick() -> None:
     """The best adaptation that all are measured against is over the same seeds as the arms' own figures."""
     study = load_study("frontier")
@@ -62,14 +78,7 @@ def test_one_lucky_seed_does_not_move_the_yardstick() -> None:
         if cell.arm != "lora_frozen_a" or (cell.weight_decay == 1.0 and cell.seed):
             continue
         lucky = cell.weight_decay == 1.0
-        lines.append(
-            {key: getattr(cell, key) for key in ("grids", "size", "task", "calibration", "arm", "seed")}
-            | {"learning_rate": cell.learning_rate, "weight_decay": cell.weight_decay, "covered": [], "budget": None}
-            | {"method": "lora", "matched": "parameters", "rank": 16, "trained_parameters": 1, "diverged": None}
-            | {"adaptation": 0.95 if lucky else 0.9, "retention": 1.0 if lucky else 0.8, "retention_by": {"sum": 1.0}}
-            | {"base": {"adaptation": 0.0, "retention": 1.0, "retention_by": {"sum": 1.0}}}
-            | {"interference": {"calibration": {"rms": 0.1}}, "seconds": 1.0, "processor_seconds": 1.0}
-        )
+        lines.append(cell_line(cell, 0.95 if lucky else 0.9, 1.0 if lucky else 0.8))
     found = analyse(lines, study)
     (setting,) = found["settings"]
     assert setting["best_adaptation"] == 0.9
@@ -77,3 +86,66 @@ def test_one_lucky_seed_does_not_move_the_yardstick() -> None:
     assert (own["seeds"], own["missing"], round(own["retention_at"]["0.95"]["value"], 9)) == (3, 0, 0.8)
     assert setting["variants"]["lora_frozen_a, wd 1"]["seeds"] == 1
     assert found["sweeps"][0]["best_adaptation"] == 0.95
+
+
+def frozen_a(seeds: dict[int, tuple[float, ...]], scores: Callable[[float, int], tuple[float, float]]) -> list[Any]:
+    """Lines of frozen random A on 1M "minimum" without decay, by seed and rate."""
+    return [
+        cell_line(cell, *scores(cell.learning_rate, cell.seed))
+        for cell in cells_of(load_study("frontier"))
+        if (cell.size, cell.task, cell.calibration, cell.arm) == ("1m", "minimum", "all", "lora_frozen_a")
+        and cell.weight_decay == 0.0
+        and cell.learning_rate in seeds.get(cell.seed, ())
+    ]
+
+
+def test_a_choice_is_tried_on_the_seed_that_had_no_part_in_it() -> None:
+    """Each of three seeds has another lucky rate: chosen on two of them it is only lucky."""
+    rates = (1e-3, 2.5e-3, 6e-3)
+    lines = frozen_a(dict.fromkeys((0, 1, 2), rates), lambda rate, seed: (1.0, 0.9 if rate == rates[seed] else 0.6))
+    fresh = on_fresh_seeds(lines, lines, target=0.95)
+    assert (fresh["seeds"], fresh["adaptation"], fresh["retention"]["value"]) == (3, 1.0, pytest.approx(0.6))
+    assert fresh["chosen_on"] == [0, 1, 2]
+
+
+def test_seeds_with_the_chosen_setting_alone_count_too() -> None:
+    rates = (1e-3, 2.5e-3, 6e-3)
+
+    def scores(rate: float, seed: int) -> tuple[float, float]:
+        return {1e-3: (0.2, 1.0), 2.5e-3: (0.96, 0.9 - 0.1 * seed), 6e-3: (1.0, 0.5)}[rate]
+
+    lines = frozen_a({0: rates, 1: rates[1:2], 2: rates[2:]}, scores)
+    compared = over_same_seeds(lines)
+    fresh = on_fresh_seeds(lines, compared, target=0.95)
+    assert fresh["setting"] == {"weight_decay": 0.0, "learning_rate": 2.5e-3} and fresh["chosen_on"] == [0]
+    assert (fresh["seeds"], fresh["adaptation"], fresh["retention"]["value"]) == (1, 0.96, pytest.approx(0.8))
+    none = on_fresh_seeds(compared, compared, target=0.95)
+    assert (none["seeds"], none["adaptation"], none["retention"]) == (0, None, None)
+    assert on_fresh_seeds(lines, compared, target=2.0)["setting"]["learning_rate"] == 6e-3, "it learns most"
+
+
+def test_of_settings_that_keep_all_the_one_that_learns_most_is_chosen() -> None:
+    rates = (1e-3, 2.5e-3, 6e-3)
+    lines = frozen_a({0: rates}, lambda rate, seed: ({1e-3: 0.96, 2.5e-3: 1.0, 6e-3: 0.97}[rate], 1.0))
+    assert on_fresh_seeds(lines, lines, target=0.95)["setting"]["learning_rate"] == 2.5e-3
+
+
+def test_what_is_left_to_confirm() -> None:
+    """The chosen setting of every arm that has chosen, on the seeds that had no part in it."""
+    study = load_study("frontier")
+    cells = cells_of(study)
+    mine = [c for c in cells if (c.size, c.task, c.calibration, c.arm) == ("1m", "minimum", "all", "lora_frozen_a")]
+    own = [c for c in mine if c.weight_decay in study.arms["lora_frozen_a"].weight_decays and "frontier" in c.grids]
+
+    def scores(cell: Cell) -> tuple[float, float]:
+        return (1.0, 0.9) if (cell.weight_decay, cell.learning_rate) == (0.3, 6e-3) else (0.5, 1.0)
+
+    lines = [cell_line(cell, *scores(cell)) for cell in own if cell.seed == 0]
+    found = to_confirm(cells, analyse(lines, study)["settings"])
+    assert {(c.arm, c.weight_decay, c.learning_rate, c.seed) for c in found} == {
+        ("lora_frozen_a", 0.3, 6e-3, 1),
+        ("lora_frozen_a", 0.3, 6e-3, 2),
+    }
+    assert to_confirm(cells, analyse(lines[1:], study)["settings"]) == [], (
+        "an arm that was not run whole has not chosen"
+    )
