@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nslora_dist import __version__
+from nslora_dist import __version__, artifacts
 from nslora_dist.errors import UserError
 from nslora_dist.guard import described
 from nslora_dist.quiet import quiet
@@ -32,6 +32,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, default=1, metavar="N", help="of PyTorch, in each process")
     made.add_argument("--minutes", type=float, metavar="N", help="begin no further cell after so long")
     made.add_argument("--dry-run", action="store_true", help="list the missing cells and say how long they take")
+    made.add_argument(
+        "--page", type=Path, metavar="TEMPLATE", help="fill this Markdown template with the summary's figures"
+    )
     made.add_argument("--summary", action="store_true", help="only write the summary of the cells that are there")
     made.add_argument(
         "--confirm",
@@ -76,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
                 minutes=given.minutes,
                 say=_say,
             )
-        _summary(study, everything, may_be_none=left_over > 0)
+        _summary(study, everything, may_be_none=left_over > 0, page=given.page)
         if left_over:
             _say(f"time is over: {left_over} cells are left; the same command continues")
     except Exception as error:
@@ -86,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _summary(study: Study, cells: Sequence[Cell], *, may_be_none: bool) -> None:
+def _summary(study: Study, cells: Sequence[Cell], *, may_be_none: bool, page: Path | None) -> None:
     from nslora_dist.study.summary import summarise
 
     folder = Path(study.output_dir)
@@ -100,6 +103,11 @@ def _summary(study: Study, cells: Sequence[Cell], *, may_be_none: bool) -> None:
         raise UserError(f"{folder / FILE}: has no cell of this study yet")
     path = summarise(folder, own, study, missing=len(cells) - len(own))
     _say(f"{len(own)} of {len(cells)} cells are summed up in {path}")
+    if page is not None:
+        from nslora_dist.study.page import write_page
+
+        found, text = artifacts.read_json(folder / "summary.json"), path.read_text(encoding="utf-8")
+        _say(f"page: {write_page(page, found=found, summary=text, lines=own, planned=len(cells))}")
 
 
 def _filtered(cells: Sequence[Cell], given: argparse.Namespace) -> list[Cell]:

@@ -1,15 +1,18 @@
 """The study's committed figures: each follows from the committed lines, and no document says anything else."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from helpers.launching import ROOT
+from nslora_dist.errors import UserError
 from nslora_dist.study.analysis import analyse, whole_arms
 from nslora_dist.study.cells import cells_of
 from nslora_dist.study.lines import of_cells, read_lines, round_floats
+from nslora_dist.study.page import filled, text_of_page, write_page
 from nslora_dist.study.prediction import predict
 from nslora_dist.study.settings import Line
 from nslora_dist.study.spec import load_study
@@ -17,6 +20,7 @@ from nslora_dist.study.summary import text_of
 
 FOLDER = ROOT / "docs" / "study"
 STUDY = load_study("frontier")
+PAGE = ROOT / "docs" / "study.md.j2"
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +105,48 @@ def test_documents_quote_the_summary(document: str) -> None:
             quoted.append(row)
     assert len(quoted) > 5
     assert [row for row in quoted if row not in rows] == []
+
+
+def test_the_page_is_its_template_filled_with_the_figures(lines: list[Line], summary: dict[str, Any]) -> None:
+    text = text_of_page(
+        PAGE, found=summary, summary=(FOLDER / "summary.md").read_text(), lines=lines, planned=len(cells_of(STUDY))
+    )
+    assert text == (ROOT / "docs" / "study.md").read_text()
+
+
+def test_the_readme_has_no_figure_that_the_page_has_not() -> None:
+    readme = (ROOT / "README.md").read_text()
+    section = readme[readme.index("*Area* is under the frontier") : readme.index("## Merging adapters")]
+    wanted = re.findall(r"(?<![\d.])\.\d\d+|\d+%", section)
+    page = (ROOT / "docs" / "study.md").read_text()
+    assert len(wanted) > 15
+    assert [figure for figure in wanted if not re.search(rf"(?<!\d){re.escape(figure)}(?!\d)", page)] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("page.md", "", "ends in .j2"),
+        ("page.md.j2", "{{ kept('1m', 'minimum', 'nobody') | n }}", "KeyError: 'nobody'"),
+        ("page.md.j2", "{{ kept('9m', 'minimum', 'lora') | n }}", "nothing of ('9m', 'minimum', 'all')"),
+        ("page.md.j2", "{{ loss('1m') }}", "'loss' is undefined"),
+        ("page.md.j2", "{{ mean('retention', size='9m') | n }}", "no cell has {'size': '9m'}"),
+        ("page.md.j2", "{{ kept('1m' }}", "TemplateSyntaxError"),
+    ],
+)
+def test_a_template_asks_for_nothing_that_is_not_there(
+    tmp_path: Path, lines: list[Line], summary: dict[str, Any], name: str, text: str, said: str
+) -> None:
+    template = tmp_path / name
+    template.write_text(text)
+    with pytest.raises(UserError, match=re.escape(said)):
+        write_page(template, found=summary, summary="", lines=lines, planned=1)
+    assert list(tmp_path.iterdir()) == [template]
+
+
+def test_a_page_is_filled_to_its_width() -> None:
+    text = filled("# A\n# heading\n\n- one\n  two\n- " + "word " * 40 + "\n\n| a |\n| b |\n\nlast\nline")
+    items = text.split("\n\n")
+    assert (items[0], items[2], items[3]) == ("# A\n# heading", "| a |\n| b |", "last line\n")
+    first, *rest = items[1].split("\n")
+    assert first == "- one two" and rest[1].startswith("  word") and max(map(len, rest)) <= 130

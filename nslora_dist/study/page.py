@@ -1,0 +1,219 @@
+"""A page about a study, from a template: prose whose figures are looked up in the summary and never typed.
+
+A template is Jinja's, in Markdown. ``{{ kept('1m', 'minimum', 'lora') | n }}`` becomes .270; ``figures`` below says
+what may be asked for. Lines are filled anew, so that a figure's length does not matter.
+"""
+
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nslora_dist import artifacts
+from nslora_dist.errors import UserError
+from nslora_dist.study.points import forgetting, points, relative_retention
+from nslora_dist.study.settings import Line
+
+WIDTH = 130
+SUFFIX = ".j2"
+
+
+def write_page(template: Path, *, found: Mapping[str, Any], summary: str, lines: Sequence[Line], planned: int) -> Path:
+    """Fills a template; beside it lies the page, named without ``.j2``.
+
+    Args:
+        template: ends in ``.j2``.
+        found: ``summary.json``.
+        summary: ``summary.md``, whose tables may be quoted.
+        lines: of all cells.
+        planned: cells of the study.
+
+    Raises:
+        UserError: the template's name, or something in it that the summary does not have.
+    """
+    if template.suffix != SUFFIX or not template.is_file():
+        raise UserError(f"--page {template}: wanted is a template that exists, with a name that ends in {SUFFIX}")
+    page = template.with_suffix("")
+    artifacts.write_text(page, text_of_page(template, found=found, summary=summary, lines=lines, planned=planned))
+    return page
+
+
+def text_of_page(template: Path, *, found: Mapping[str, Any], summary: str, lines: Sequence[Line], planned: int) -> str:
+    """The page as ``write_page`` writes it."""
+    from jinja2 import Environment, StrictUndefined, TemplateError
+
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    environment.filters |= {"n": number, "n2": lambda value: number(value, 2), "percent": lambda value: f"{value:.0%}"}
+    try:
+        asked = environment.from_string(template.read_text(encoding="utf-8"))
+        text = asked.render(figures(found, summary, lines, planned))
+    except (TemplateError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"--page {template}: {type(error).__name__}: {error}") from error
+    return filled(text)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """.862; a dash for what does not exist."""
+    if value is None:
+        return "–"
+    text = f"{value:.{digits}f}"
+    return text[1:] if text.startswith("0.") else text
+
+
+def figures(found: Mapping[str, Any], summary: str, lines: Sequence[Line], planned: int) -> dict[str, Any]:
+    """What a template may call; numbers come back as numbers, for the filters ``n``, ``n2`` and ``percent``.
+
+    Returns:
+        ``arm(size, task, arm[, decay])``: the figures of an arm, or of it with one weight decay, as in the summary;
+        ``area``, ``kept(..., share)``, ``band``, ``fresh`` and ``product`` (rate times decay at the chosen setting) of
+        it; ``correlation(aggregate, which[, where])``, ``correlations`` (on every base and task), ``probes`` (piece by
+        piece) and ``safe``; ``point(grid, value, rate, score)`` of a curve; ``cells(**where)``, lines, a value or a
+        list of values a key, and over these ``mean``, ``most`` and ``least`` of a score, and ``lost_below_kl``;
+        ``kept_at(size, task, arm, adaptation)``; ``table(start, rows, after)`` of the summary; ``prediction``, its part
+        of the summary; ``planned``, the number of cells.
+    """
+    prediction = found["prediction"]
+
+    def arm(size: str, task: str, name: str, decay: float | None = None, *, calibration: str = "all") -> dict[str, Any]:
+        where = (size, task, calibration)
+        entry = _only((e for e in found["settings"] if (e["size"], e["task"], e["calibration"]) == where), where)
+        own: dict[str, Any] = entry["arms"][name] if decay is None else entry["variants"][f"{name}, wd {decay:g}"]
+        return own
+
+    def area(*where: Any) -> float | None:
+        return _value(arm(*where)["area"])
+
+    def kept(*where: Any, share: float = 0.95) -> float | None:
+        return _value(arm(*where)["retention_at"][f"{share:g}"])
+
+    def band(*where: Any) -> str:
+        own = arm(*where)
+        return f"{'' if own['band_ends'] else 'at least '}{number(own['band'], 2)}"
+
+    def fresh(*where: Any, learned: bool = False) -> float | None:
+        own = arm(*where)["fresh"]
+        return float(own["adaptation"]) if learned else _value(own["retention"])
+
+    def correlation(aggregate: str, which: str = "across", where: str | None = None) -> float | None:
+        own = (prediction["aggregates"] if where is None else prediction["settings"][where])[aggregate]
+        return _value(own[which]) if isinstance(own[which], dict) else own[which]
+
+    def safe(aggregate: str, which: str) -> str:
+        return f"{_value(prediction['aggregates'][aggregate][which]):.2g}"
+
+    def point(
+        grid: str, value: Any, rate: float, score: str, *, size: str = "1m", task: str = "new_facts"
+    ) -> float | None:
+        where = (grid, size, task)
+        curve = _only((c for c in found["curves"] if (c["grid"], c["size"], c["task"]) == where), where)
+        rated = (p for p in curve["points"] if p["value"] == value and np.isclose(p["learning_rate"], rate))
+        of = _only(rated, (*where, value, rate))
+        return float(of[score])
+
+    def cells(**where: Any) -> list[Line]:
+        chosen = [line for line in lines if all(_is(line[key], value) for key, value in where.items())]
+        if not chosen:
+            raise LookupError(f"no cell has {where}")
+        return chosen
+
+    def over(reduce: Callable[[list[float]], Any]) -> Callable[..., float]:
+        return lambda score, **where: float(reduce([_score(line, score) for line in cells(**where)]))
+
+    def kept_at(size: str, task: str, name: str, adaptation: float, *, decay: Any = None) -> float:
+        where = {} if decay is None else {"weight_decay": decay}
+        own = points(cells(size=size, task=task, arm=name, calibration="all", **where))
+        return max(float(p["retention"]) for p in own if p["adaptation"] >= adaptation - 1e-12)
+
+    def product(*where: Any) -> float:
+        chosen = arm(*where)["chosen"]
+        return float(chosen["learning_rate"]) * float(chosen["weight_decay"])
+
+    def correlations(aggregate: str, which: str, start: str = "") -> list[float]:
+        own = (correlation(aggregate, which, name) for name in prediction["settings"] if name.startswith(start))
+        return [value for value in own if value is not None]
+
+    def probes(which: str, *pieces: str) -> list[float]:
+        own = prediction["probes"]["by_piece"]
+        return [float(own[piece][which]["value"]) for piece in pieces or own]
+
+    def lost_below_kl(limit: float, **where: Any) -> float:
+        return max(forgetting(line) for line in cells(**where) if _score(line, "kl") < limit)
+
+    def table(start: str, rows: Sequence[str] | None = None, after: str = "") -> str:
+        return _table(summary, start, rows, after)
+
+    own = (arm, area, kept, band, fresh, product, correlation, correlations, probes, lost_below_kl, safe, point, cells)
+    return {
+        **{f.__name__: f for f in (*own, kept_at, table)},
+        "mean": over(np.mean),
+        "most": over(max),
+        "least": over(min),
+        "prediction": prediction,
+        "planned": planned,
+    }
+
+
+def _only(found: Iterator[Any], what: Any) -> Any:
+    """The first; Jinja would take a StopIteration for an empty answer."""
+    for one in found:
+        return one
+    raise LookupError(f"the summary has nothing of {what}")
+
+
+def _value(interval: Mapping[str, Any]) -> float | None:
+    value: float | None = interval["value"]
+    return value
+
+
+def _is(value: Any, wanted: Any) -> bool:
+    return value in wanted if isinstance(wanted, list | tuple) else bool(value == wanted)
+
+
+def _score(line: Line, score: str) -> float:
+    """A cell's ``adaptation``, relative ``retention``, ``rms`` or ``kl`` on its texts, or what is left of a piece.
+
+    ``facts`` is the mean of the pieces that are facts.
+    """
+    if score == "retention":
+        return relative_retention(line)
+    if score in ("rms", "kl"):
+        return float(line["interference"]["calibration"][score])
+    by_piece = line["retention_by"]
+    if score == "facts":
+        return float(np.mean([value for piece, value in by_piece.items() if piece.startswith("facts")]))
+    return float(line[score] if score in line else by_piece[score])
+
+
+def _table(summary: str, start: str, rows: Sequence[str] | None, after: str) -> str:
+    """The first table of the summary behind ``after`` whose header starts so, or those of its rows."""
+    text = summary[summary.index(after) :].splitlines()
+    at = _only((number for number, line in enumerate(text) if line.startswith(start)), start)
+    found = []
+    for line in text[at:]:
+        if not line.startswith("|"):
+            break
+        found.append(line)
+    if rows is not None:
+        named = {line.split("|")[1].strip(" *"): line for line in found[2:]}
+        found = [*found[:2], *(named[row] for row in rows)]
+    return "\n".join(found)
+
+
+def filled(text: str) -> str:
+    """Paragraphs and lists filled to ``WIDTH``; headings, tables and pictures as they are."""
+    blocks = []
+    for block in text.strip().split("\n\n"):
+        if re.match(r"[|#!]", block):
+            blocks.append(block)
+            continue
+        items = re.split(r"\n(?=- )", block.strip("\n"))
+        blocks.append("\n".join(_filled(" ".join(item.split())) for item in items))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _filled(item: str) -> str:
+    indent = "  " if item.startswith("- ") else ""
+    return textwrap.fill(item, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
