@@ -76,7 +76,7 @@ def run_arm(arm: Arm, bench: Bench, report: dict[str, Any]) -> dict[str, Any]:
     figures = finished.read()
     engine = None
     if figures is None:
-        engine, figures = _train(arm, bench, report, hashes)
+        engine, figures = _train(arm, bench, report, hashes, finished)
     report["evaluation"].setdefault("base", figures["base"])
     report["evaluation"][arm.name] = figures["scores"]
     report["interference_by_arm"][arm.name] = figures["interference"]
@@ -94,7 +94,9 @@ def run_arm(arm: Arm, bench: Bench, report: dict[str, Any]) -> dict[str, Any]:
     return figures
 
 
-def _train(arm: Arm, bench: Bench, report: dict[str, Any], hashes: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
+def _train(
+    arm: Arm, bench: Bench, report: dict[str, Any], hashes: dict[str, Any], finished: FinishedArm
+) -> tuple[Engine, dict[str, Any]]:
     """Loads, trains and measures; the adapter is still in the engine."""
     section, clock, device = arm.recipe.train, bench.clock, bench.device
     made_of = {"base": bench.base, "rows": arm.data.hash, "null_space": start_hash(arm, bench.folder)}
@@ -127,19 +129,26 @@ def _train(arm: Arm, bench: Bench, report: dict[str, Any], hashes: dict[str, Any
             budget=budget,
             description=f"training {arm.name}",
         )
-    with clock.phase("evaluation", arm.name):
-        scores = evaluate(engine, bench.sets, device=device) | {"learning_rate": section.learning_rate}
-        size = arm.recipe.calibration.batch_size
-        effects = measure(engine, bench.texts, batch_size=size, device=device)
-        found = final_interference(engine, arm.data, effects, device=device)
-        interference = summarise(found, bench.texts, divergence(effects))
-        if budget is not None:
-            interference["budget"] = budget.facts()
+    state = checkpoints.folder / f"step-{checkpoints.last}"
+    measured = finished.read_measured(state)
+    if measured is None:
+        with clock.phase("evaluation", arm.name):
+            scores = evaluate(engine, bench.sets, device=device) | {"learning_rate": section.learning_rate}
+            size = arm.recipe.calibration.batch_size
+            effects = measure(engine, bench.texts, batch_size=size, device=device)
+            found = final_interference(engine, arm.data, effects, device=device)
+            interference = summarise(found, bench.texts, divergence(effects))
+            if budget is not None:
+                interference["budget"] = budget.facts()
+        measured = {"scores": scores, "interference": interference, "seconds": clock.seconds["evaluation"]}
+        finished.write_measured(state, measured)
+    else:
+        clock.seconds["evaluation"] = measured["seconds"]  # it took its time in the process that did it
     clock.seconds["training"] += checkpoints.earlier_seconds
     return engine, {
         "base": base,
-        "scores": scores,
-        "interference": interference,
+        "scores": measured["scores"],
+        "interference": measured["interference"],
         "losses": trained.losses,
         "grad_norms": trained.grad_norms,
         "skipped": trained.skipped,

@@ -11,6 +11,7 @@ from nslora_dist import __version__, artifacts, dist
 from nslora_dist.batches import IGNORED
 from nslora_dist.evaluate import EvaluationSets
 from nslora_dist.export import WEIGHTS_FILE
+from nslora_dist.manifests import listed_files
 from nslora_dist.recipe import Recipe
 from nslora_dist.report import strict
 
@@ -55,6 +56,36 @@ class FinishedArm:
                 self.path.parent.mkdir(exist_ok=True)
                 kept = {"key": self.key, "adapter": artifacts.hash_file(self.adapter / WEIGHTS_FILE)}
                 artifacts.write_json(self.path, kept | {"figures": strict(figures)})
+                self.measured.unlink(missing_ok=True)
+
+    @property
+    def measured(self) -> Path:
+        """``output_dir/arms/<name>.measured.json``: what was measured of an adapter that is not on disk yet."""
+        return self.path.with_suffix(".measured.json")
+
+    def read_measured(self, checkpoint: Path) -> dict[str, Any] | None:
+        """What an earlier process measured of the very state in ``checkpoint``, on every rank; None where nothing.
+
+        Evaluation may take hours (lm-eval), and the export after it meets the full disk.
+        """
+        found = None
+        with dist.together("reading what was measured"):
+            if dist.is_main() and self.measured.is_file():
+                kept = artifacts.read_json(self.measured)
+                state = {"key": self.key, "state": listed_files(checkpoint)}
+                found = kept["figures"] if {key: kept.get(key) for key in state} == state else None
+        figures: Any = dist.share(found)
+        if figures is not None:
+            log.info("%s: evaluated before; delete %s to evaluate anew", self.name, self.measured)
+        return figures
+
+    def write_measured(self, checkpoint: Path, figures: dict[str, Any]) -> None:
+        """Keeps them until the adapter is written; ``checkpoint`` is the state that they are of."""
+        with dist.together("keeping what was measured"):
+            if dist.is_main():
+                self.path.parent.mkdir(exist_ok=True)
+                kept = {"key": self.key, "state": listed_files(checkpoint)}
+                artifacts.write_json(self.measured, kept | {"figures": strict(figures)})
 
 
 class BaseScores:
