@@ -70,8 +70,8 @@ def figures(found: Mapping[str, Any], summary: str, lines: Sequence[Line], plann
         ``arm(size, task, arm[, decay])``: the figures of an arm, or of it with one weight decay, as in the summary;
         ``area``, ``kept(..., share)``, ``band``, ``fresh`` and ``product`` (rate times decay at the chosen setting) of
         it; ``correlation(aggregate, which[, where])``, ``correlations`` (on every base and task), ``probes`` (piece by
-        piece) and ``safe``; ``point(grid, value, rate, score)`` of a curve; ``cells(**where)``, lines, a value or a
-        list of values a key, and over these ``mean``, ``most`` and ``least`` of a score, and ``lost_below_kl``;
+        piece) and ``safe``; ``curve(grid)`` and ``point(grid, value, rate, score)``; ``cells(**where)``, lines, a value
+        or a list of values a key, and over these ``mean``, ``most`` and ``least`` of a score, and ``lost_below_kl``;
         ``kept_at(size, task, arm, adaptation)``; ``table(start, rows, after)`` of the summary; ``prediction``, its part
         of the summary; ``planned``, the number of cells.
     """
@@ -104,13 +104,16 @@ def figures(found: Mapping[str, Any], summary: str, lines: Sequence[Line], plann
     def safe(aggregate: str, which: str) -> str:
         return f"{_value(prediction['aggregates'][aggregate][which]):.2g}"
 
+    def curve(grid: str, *, size: str = "1m", task: str = "new_facts") -> Any:
+        where = (grid, size, task)
+        return _only((c for c in found["curves"] if (c["grid"], c["size"], c["task"]) == where), where)
+
     def point(
         grid: str, value: Any, rate: float, score: str, *, size: str = "1m", task: str = "new_facts"
     ) -> float | None:
-        where = (grid, size, task)
-        curve = _only((c for c in found["curves"] if (c["grid"], c["size"], c["task"]) == where), where)
-        rated = (p for p in curve["points"] if p["value"] == value and np.isclose(p["learning_rate"], rate))
-        of = _only(rated, (*where, value, rate))
+        of_curve = curve(grid, size=size, task=task)["points"]
+        rated = (p for p in of_curve if p["value"] == value and np.isclose(p["learning_rate"], rate))
+        of = _only(rated, (grid, size, task, value, rate))
         return float(of[score])
 
     def cells(**where: Any) -> list[Line]:
@@ -145,7 +148,22 @@ def figures(found: Mapping[str, Any], summary: str, lines: Sequence[Line], plann
     def table(start: str, rows: Sequence[str] | None = None, after: str = "") -> str:
         return _table(summary, start, rows, after)
 
-    own = (arm, area, kept, band, fresh, product, correlation, correlations, probes, lost_below_kl, safe, point, cells)
+    own = (
+        arm,
+        area,
+        kept,
+        band,
+        fresh,
+        product,
+        correlation,
+        correlations,
+        probes,
+        lost_below_kl,
+        safe,
+        curve,
+        point,
+        cells,
+    )
     return {
         **{f.__name__: f for f in (*own, kept_at, table)},
         "mean": over(np.mean),
