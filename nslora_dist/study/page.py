@@ -148,24 +148,9 @@ def figures(found: Mapping[str, Any], summary: str, lines: Sequence[Line], plann
     def table(start: str, rows: Sequence[str] | None = None, after: str = "") -> str:
         return _table(summary, start, rows, after)
 
-    own = (
-        arm,
-        area,
-        kept,
-        band,
-        fresh,
-        product,
-        correlation,
-        correlations,
-        probes,
-        lost_below_kl,
-        safe,
-        curve,
-        point,
-        cells,
-    )
-    return {
-        **{f.__name__: f for f in (*own, kept_at, table)},
+    of_summary = (arm, area, kept, band, fresh, product, correlation, correlations, probes, safe, curve, point, table)
+    of_lines = (cells, lost_below_kl, kept_at)
+    return {f.__name__: f for f in (*of_summary, *of_lines)} | {
         "mean": over(np.mean),
         "most": over(max),
         "least": over(min),
