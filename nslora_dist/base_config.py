@@ -66,7 +66,7 @@ def check_context(config: PreTrainedConfig, key: str, length: int) -> None:
     Raises:
         UserError: they are not; the message has both numbers.
     """
-    context = _context(config)
+    context = context_of(config)
     if context is not None and length > context:
         raise UserError(
             f"{key} {length}: the base is made for {context} tokens (max_position_embeddings in its config); "
@@ -74,7 +74,7 @@ def check_context(config: PreTrainedConfig, key: str, length: int) -> None:
         )
 
 
-def _context(config: PreTrainedConfig) -> int | None:
+def context_of(config: PreTrainedConfig) -> int | None:
     """Positions that the base is made for, a scaled rotary embedding's counted; None where its config does not say."""
     most = getattr(config, "max_position_embeddings", None)
     if not isinstance(most, int):

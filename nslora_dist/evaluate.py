@@ -36,7 +36,12 @@ class EvaluationSets:
 
     @classmethod
     def load(
-        cls, section: EvaluationSection, tokenizer: PreTrainedTokenizerBase, *, base: Path | None = None
+        cls,
+        section: EvaluationSection,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        base: Path | None = None,
+        context: int | None = None,
     ) -> "EvaluationSets":
         """Reads and tokenises every set; every rank must call this.
 
@@ -44,15 +49,17 @@ class EvaluationSets:
             section: the recipe's.
             tokenizer: the base's.
             base: its folder; lm-eval's tasks are left out without one.
+            context: positions that the base is made for; longer questions, answer included, are left out.
 
         Raises:
             UserError: rows that cannot be read, or tasks that lm-eval cannot run.
         """
         counts: dict[str, RowCounts] = {}
+        longest = section.max_length if context is None else min(section.max_length, context)
 
         def load(where: str, prompts: PromptSet) -> list[Batch]:
             name = f"evaluation.{where}"
-            samples = evaluation_samples(prompts, tokenizer, max_length=section.max_length, name=name)
+            samples = evaluation_samples(prompts, tokenizer, max_length=longest, name=name)
             counts[where] = samples.counts
             here = {"rank": dist.rank(), "world_size": dist.world_size()}
             return deal_evaluation(samples, tokenizer, batch_size=section.batch_size, **here)

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from nslora_dist import dist, watch
 from nslora_dist.adapter_set import AdapterSet, put_to_work
 from nslora_dist.artifacts import write_json
-from nslora_dist.base_config import check_context, load_config
+from nslora_dist.base_config import check_context, context_of, load_config
 from nslora_dist.base_files import Checkpoint, locate
 from nslora_dist.base_model import build_empty, torch_dtype
 from nslora_dist.base_weights import fill_unit
@@ -76,7 +76,7 @@ def run_evaluation(recipe: Recipe, device: torch.device, *, adapter: Sequence[st
         )
     tokenizer = load_tokenizer(recipe.base_model)
     texts = calibration_texts(recipe.calibration, tokenizer)
-    sets = EvaluationSets.load(recipe.evaluation, tokenizer, base=base)
+    sets = EvaluationSets.load(recipe.evaluation, tokenizer, base=base, context=context_of(config))
     engine = start_engine(make_set_job(recipe, config, checkpoint, shapes, stored, device=device), recipe)
     scores, disturbed = {"base": evaluate(engine, sets.before_training(), device=device)}, {}
     for name, own in stored.items():

@@ -10,7 +10,7 @@ import torch
 from nslora_dist import artifacts, dist, watch
 from nslora_dist.arm_job import Arm, make_job
 from nslora_dist.arm_stage import Bench, run_arm
-from nslora_dist.base_config import check_context, load_config
+from nslora_dist.base_config import check_context, context_of, load_config
 from nslora_dist.base_files import Checkpoint, locate
 from nslora_dist.base_model import build_empty
 from nslora_dist.calibration import store
@@ -168,7 +168,8 @@ class Run:
             _fits(arm, recipe)
         with self.clock.phase("data"):
             data = TrainingData.load(recipe.data, recipe.train, self.tokenizer)
-            sets = EvaluationSets.load(recipe.evaluation, self.tokenizer, base=self.base_folder)
+            context = context_of(self.config)
+            sets = EvaluationSets.load(recipe.evaluation, self.tokenizer, base=self.base_folder, context=context)
         for arm in (recipe, *baselines.values()):
             self._check_room(arm, "load", "train", "export")
         claim_folder(recipe)

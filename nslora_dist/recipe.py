@@ -232,7 +232,7 @@ class EvaluationSection(Section):
     adaptation: PromptSet | None = None
     retention: dict[str, PromptSet] = {}
     batch_size: Count = 8
-    max_length: Count = 8192  # longer questions, answer included, are left out
+    max_length: Count = 8192  # longer questions, answer included, are left out; of a base with less context, than that
     lm_eval: LmEvalSection | None = None
     baselines: dict[Name, Baseline] = {}
 

@@ -278,6 +278,11 @@ def test_calibration_and_evaluation_have_their_counts(tmp_path: Path, caplog: py
     }
     counts = {"rows": 4, "bad_rows": 1, "bad_rows_null": 1, "duplicates": 1, "too_long": 1, "left_out": 1}
     assert sets.counts["adaptation"].facts() == counts
+    caplog.clear()
+    roomy = EvaluationSection.model_validate(tree | {"max_length": 8192})
+    assert EvaluationSets.load(roomy, bpe()).counts["adaptation"].left_out == 0
+    assert EvaluationSets.load(roomy, bpe(), context=300).counts == sets.counts
+    assert "evaluation.adaptation: 1 of 3 rows are longer than 300 tokens: 0 cut at the end, 1 left out" in caplog.text
 
 
 def test_duplicates_are_counted_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
