@@ -53,6 +53,7 @@ class Bench:
     def recipe(self, cell: Cell) -> Recipe:
         """The cell as a recipe: what ``launch/train.py`` would be given."""
         arm, training = self.study.arms[cell.arm], self.study.training
+        steps = self.study.steps_of(self.study.sizes[self.size], cell.task)
         rows = self.folder / "data"
         calibration = self.study.calibrations[cell.calibration]
         return Recipe.model_validate(
@@ -75,14 +76,14 @@ class Bench:
                 "train": {
                     "learning_rate": cell.learning_rate,
                     "weight_decay": cell.weight_decay,
-                    "max_steps": training.steps[cell.task],
+                    "max_steps": steps,
                     "global_batch_size": training.batch_rows,
                     "micro_batch_size": training.batch_rows,
                     "warmup_ratio": training.warmup_ratio,
                     "schedule": training.schedule,
                     "max_grad_norm": training.max_grad_norm,
                     "seed": cell.seed,
-                    "log_every": training.steps[cell.task],
+                    "log_every": steps,
                 },
                 "engine": {"name": "single"},
                 "evaluation": {

@@ -45,7 +45,7 @@ class Cell:
 
 def size_key(study: Study, size: Size) -> str:
     """A hash of what a base, its world and its evaluation rows are made from."""
-    made_from = size.model_dump(mode="json", exclude={"minutes", "seconds", "device"})
+    made_from = size.model_dump(mode="json", exclude={"minutes", "seconds", "device", "steps"})
     return hash_json([MEASURED, made_from, study.task_rows.model_dump(mode="json"), study.probe_sequences])[:16]
 
 
@@ -72,7 +72,7 @@ def cell_key(
 ) -> str:
     """The id of a cell."""
     method: Any = [arm.peer, arm.rank] if arm.adapter is None else arm.section.model_dump(mode="json")
-    training = study.training.model_dump(mode="json") | {"steps": study.training.steps[task]}
+    training = study.training.model_dump(mode="json") | {"steps": study.steps_of(size, task)}
     parts = [
         *(MEASURED, size_key(study, size), size.device, task, calibration.model_dump(mode="json"), method),
         *(training, float(learning_rate), float(weight_decay), seed),

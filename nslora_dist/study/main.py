@@ -156,9 +156,8 @@ def describe(study: Study, cells: Sequence[Cell], *, processes: int) -> str:
         if size.seconds is None:
             text += " of an unmeasured time"
         else:
-            steps = study.training.steps
-            shortest = min(steps.values())
-            seconds = sum(size.seconds * steps[cell.task] / shortest for cell in own)
+            shortest = min(study.training.steps.values())
+            seconds = sum(size.seconds * study.steps_of(size, cell.task) / shortest for cell in own)
             text += f" of {size.seconds:g} s for {shortest} steps"
             text += f", {seconds / 3600 / processes:.1f} hours over {processes} processes"
         if size.minutes is not None:

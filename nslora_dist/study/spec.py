@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from nslora_dist.errors import UserError
 from nslora_dist.explain import explain, nearest
@@ -41,6 +41,13 @@ Seeds = Annotated[
 ]
 
 
+def _known_tasks(steps: dict[str, int]) -> dict[str, int]:
+    for task in steps:
+        if task not in TASKS:
+            raise ValueError(f"no task is called '{task}'; there are {', '.join(TASKS)}")
+    return steps
+
+
 class Shape(Section):
     """A small LLaMA's sizes; widths are multiples of 64."""
 
@@ -61,7 +68,10 @@ class Pretraining(Section):
 
 
 class Size(Section):
-    """A base: its shape, what it knows and how it is pre-trained; ``device`` cuda leaves it out where there is none."""
+    """A base: its shape, what it knows and how it is pre-trained; ``device`` cuda leaves it out where there is none.
+
+    ``steps`` stand for those of ``training`` where the base learns a task sooner.
+    """
 
     shape: Shape
     people: Count = 100
@@ -69,6 +79,7 @@ class Size(Section):
     device: Literal["cpu", "cuda"] = "cpu"
     seed: Seed = 0
     asked: Count = 256  # questions a piece of knowledge, and of the task
+    steps: Annotated[dict[Name, Count], AfterValidator(_known_tasks)] = Field(default_factory=dict)
     minutes: Positive | None = None  # of one core, to pre-train: for estimates, as measured
     seconds: Positive | None = None  # of one core, a cell: for estimates, as measured
 
@@ -163,19 +174,11 @@ class Grid(Section):
 class StudyTraining(Section):
     """What all cells have in common."""
 
-    steps: Annotated[dict[Name, Count], Field(min_length=1)]  # of each task
+    steps: Annotated[dict[Name, Count], Field(min_length=1), AfterValidator(_known_tasks)]  # of each task
     batch_rows: Count = 32
     warmup_ratio: Fraction = 0.03
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     max_grad_norm: Positive = 1.0
-
-    @field_validator("steps")
-    @classmethod
-    def _tasks(cls, steps: dict[str, int]) -> dict[str, int]:
-        for task in steps:
-            if task not in TASKS:
-                raise ValueError(f"no task is called '{task}'; there are {', '.join(TASKS)}")
-        return steps
 
 
 class Study(Section):
@@ -190,6 +193,10 @@ class Study(Section):
     calibrations: Annotated[dict[Name, StudyCalibration], Field(min_length=1)]
     arms: Annotated[dict[Name, StudyArm], Field(min_length=1)]
     grids: Annotated[dict[Name, Grid], Field(min_length=1)]
+
+    def steps_of(self, size: Size, task: str) -> int:
+        """Optimizer steps of a task on a base."""
+        return size.steps.get(task, self.training.steps[task])
 
     @model_validator(mode="after")
     def _names(self) -> "Study":

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from nslora_dist.errors import UserError
-from nslora_dist.study.cells import cells_of
+from nslora_dist.study.cells import base_folder, cells_of
 from nslora_dist.study.knowledge import make_knowledge
 from nslora_dist.study.lines import append_line, close_torn_line, of_cells, read_lines
-from nslora_dist.study.spec import PIECES, STUDIES, Study, load_study
+from nslora_dist.study.spec import PIECES, STUDIES, Size, Study, load_study
 from nslora_dist.tiny_world import text_of
 
 
@@ -155,3 +156,16 @@ def test_lines_take_the_names_of_today(tmp_path: Path) -> None:
     found, later = of_cells(lines, cells)
     assert (found["id"], found["arm"], found["size"]) == (cells[0].id, cells[0].arm, "toy")
     assert later["id"] == cells[1].id, "the order is the study's"
+
+
+def test_a_base_may_have_steps_of_its_own() -> None:
+    """They are the cells' alone: the base stays the same, and so do its cells of other tasks."""
+    study = load_study("frontier")
+    sizes = study.sizes | {"5m": study.sizes["5m"].model_copy(update={"steps": {}})}
+    plain = study.model_copy(update={"sizes": sizes})
+    assert base_folder(study, "5m") == base_folder(plain, "5m")
+    assert study.steps_of(study.sizes["5m"], "difference") < plain.steps_of(plain.sizes["5m"], "difference")
+    ids = {cell.id for cell in cells_of(plain)}
+    assert {(c.size, c.task) for c in cells_of(study) if c.id not in ids} == {("5m", "difference")}
+    with pytest.raises(ValidationError, match="no task is called 'sum'"):
+        Size.model_validate(study.sizes["5m"].model_dump() | {"steps": {"sum": 3}})
