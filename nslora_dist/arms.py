@@ -72,8 +72,7 @@ class FinishedArm:
         with dist.together("reading what was measured"):
             if dist.is_main() and self.measured.is_file():
                 kept = artifacts.read_json(self.measured)
-                state = {"key": self.key, "state": listed_files(checkpoint)}
-                found = kept["figures"] if {key: kept.get(key) for key in state} == state else None
+                found = kept["figures"] if kept.get("key") == self._key_of(checkpoint) else None
         figures: Any = dist.share(found)
         if figures is not None:
             log.info("%s: evaluated before; delete %s to evaluate anew", self.name, self.measured)
@@ -84,8 +83,12 @@ class FinishedArm:
         with dist.together("keeping what was measured"):
             if dist.is_main():
                 self.path.parent.mkdir(exist_ok=True)
-                kept = {"key": self.key, "state": listed_files(checkpoint)}
-                artifacts.write_json(self.measured, kept | {"figures": strict(figures)})
+                kept = {"key": self._key_of(checkpoint), "figures": strict(figures)}
+                artifacts.write_json(self.measured, kept)
+
+    def _key_of(self, checkpoint: Path) -> dict[str, str]:
+        """What figures of a state depend on: all that the arm's do, and that state's bytes."""
+        return {"arm": self.key, "state": listed_files(checkpoint)}
 
 
 class BaseScores:

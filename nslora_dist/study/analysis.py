@@ -45,8 +45,8 @@ def analyse(lines: Sequence[Line], study: Study) -> dict[str, Any]:
         # One yardstick for all calibrations of a task: the best that any arm learned, on average over its seeds.
         best = learned[size, task] = _best_adaptation([here for of_arm in arms.values() for here in of_arm.values()])
         for calibration, of_arm in arms.items():
-            variants = grouped(of_calibration(own, calibration), variant)
-            all_of = grouped(of_calibration(own, calibration), lambda line: line["arm"])
+            chosen = of_calibration(own, calibration)
+            variants, all_of = grouped(chosen, variant), grouped(chosen, lambda line: line["arm"])
             settings.append(
                 {
                     "size": size,

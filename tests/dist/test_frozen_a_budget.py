@@ -17,7 +17,7 @@ from nslora_dist.errors import UserError
 from nslora_dist.pipeline import Run
 
 LIMIT = 0.01
-"""A third of what two steps come to without a budget."""
+"""Less than half of what two steps come to without a budget."""
 DIAL = {"method": "lora", "freeze_a": True, "rank": 5, "interference_budget": LIMIT, "budget_over": "total"}
 
 
