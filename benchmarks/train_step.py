@@ -33,7 +33,8 @@ from nslora_dist.base_weights import fill_unit, finish
 from nslora_dist.batches import Batch
 from nslora_dist.engines.single import SingleEngine
 from nslora_dist.frozen import FrozenHead
-from nslora_dist.recipe import LINEAR_TARGETS, Recipe
+from nslora_dist.recipe import Recipe
+from nslora_dist.recipe_adapter import LINEAR_TARGETS
 from nslora_dist.supervised import SupervisedModel
 
 HERE = torch.device("cpu")

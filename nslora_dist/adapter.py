@@ -127,13 +127,23 @@ class Adapter(nn.Module, ABC):
         if seen.grams is not None:
             gram = self.gram_of(x, seen.mask)
             seen.grams[self.name] = seen.grams[self.name] + gram if self.name in seen.grams else gram
-        update, output = self.update(x), products[0]
-        if seen.mask is not None:
-            update, output, x = update[seen.mask], output[seen.mask], x[seen.mask]
-        for sums, value in ((seen.update, update), (seen.output, output), (seen.input, x)):
-            energy = value.float().square().sum(dtype=torch.float64)
+        for sums, value in ((seen.update, self.update(x)), (seen.output, products[0]), (seen.input, x)):
+            energy = energy_of(value, seen.mask)
             sums[self.name] = sums[self.name] + energy if self.name in sums else energy
         return y
+
+
+def energy_of(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Σ‖v‖² over real tokens, () float64.
+
+    A token's own sum is in float32, which no copy of the activations is made for; over tokens it is in float64.
+
+    Args:
+        values: (..., d).
+        mask: (...) bool of real tokens; None for all.
+    """
+    norms = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
+    return (norms if mask is None else norms[mask]).square().sum(dtype=torch.float64)
 
 
 class AdaptedLinear(Adapter):

@@ -14,7 +14,7 @@ from nslora_dist.null_lora import NullLoraLinear
 from nslora_dist.weight_null import NullSizes
 
 if TYPE_CHECKING:
-    from nslora_dist.recipe import AdapterSection
+    from nslora_dist.recipe_adapter import AdapterSection
 
 
 def attach_adapters(

@@ -27,7 +27,8 @@ from nslora_dist.calibration_data import CalibrationTexts
 from nslora_dist.effects import measure_frozen_a
 from nslora_dist.engines import Engine
 from nslora_dist.errors import UserError
-from nslora_dist.recipe import BudgetOver, Recipe
+from nslora_dist.recipe import Recipe
+from nslora_dist.recipe_adapter import BudgetOver
 
 B = ".lora_B"
 BATCH = 2**23

@@ -8,7 +8,8 @@ from nslora_dist.base_config import check_context, planning_config
 from nslora_dist.base_model import build_empty
 from nslora_dist.frozen import FrozenLinear
 from nslora_dist.input_groups import LinearShape, input_groups, target_groups
-from nslora_dist.recipe import AdapterSection, Recipe
+from nslora_dist.recipe import Recipe
+from nslora_dist.recipe_adapter import AdapterSection
 
 
 def describe(recipe: Recipe) -> str:

@@ -59,7 +59,7 @@ def measure(
         batch_size: sequences of a rank at once.
         device: of the engine.
         with_divergence: without it there is one pass over the texts and not two.
-        with_grams: C of every module as well.
+        with_grams: C of every module as well, all of one rank.
 
     Raises:
         Preempted: a rank was asked to stop.
@@ -85,9 +85,16 @@ def measure(
         dist.all_reduce(sums)
         nats, tokens = dist.numbers(dist.all_reduce(total))
         energies = dict(zip(seen.update, sums, strict=True))
-        grams = {} if seen.grams is None else {name: dist.all_reduce(gram) for name, gram in seen.grams.items()}
+        grams = _summed(seen.grams)
         found.append(Effect(text.name, text.weight, energies, nats / tokens if with_divergence else None, grams))
     return found
+
+
+def _summed(grams: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """Module → C over all ranks: in one sum, for a model has hundreds of modules and each C is a few kilobytes."""
+    if not grams:
+        return {}
+    return dict(zip(grams, dist.all_reduce(torch.stack(list(grams.values()))), strict=True))
 
 
 def measure_frozen_a(

@@ -17,7 +17,7 @@ from nslora_dist.explain import nearest
 from nslora_dist.frozen import FrozenLinear
 
 if TYPE_CHECKING:
-    from nslora_dist.recipe import AdapterSection
+    from nslora_dist.recipe_adapter import AdapterSection
 
 
 @dataclass(frozen=True)

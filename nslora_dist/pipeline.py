@@ -171,7 +171,7 @@ class Run:
             context = context_of(self.config)
             sets = EvaluationSets.load(recipe.evaluation, self.tokenizer, base=self.base_folder, context=context)
         for arm in (recipe, *baselines.values()):
-            self._check_room(arm, "load", "train", "export")
+            self._check_room(arm, "load", "train", "measure", "export")
         claim_folder(recipe)
         null_space = self.null_space() if recipe.adapter.method == "lora_null" else None
         arms = {recipe.arm_name: recipe, **baselines}

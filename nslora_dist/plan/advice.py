@@ -6,8 +6,10 @@ from pathlib import Path
 
 from nslora_dist.errors import UserError
 from nslora_dist.plan.cluster import Cluster
-from nslora_dist.plan.phases import Plan, knobs_of, make_plan, train_memory
+from nslora_dist.plan.phase import Plan, knobs_of
+from nslora_dist.plan.phases import make_plan
 from nslora_dist.plan.shapes import Shapes, shapes_of
+from nslora_dist.plan.training import train_memory
 from nslora_dist.recipe import Recipe
 
 OFFLOAD = Path(__file__).resolve().parents[2] / "ds_configs" / "zero3_offload.json"

@@ -8,7 +8,8 @@ import torch
 
 from nslora_dist.errors import UserError
 from nslora_dist.plan.cluster import Cluster
-from nslora_dist.plan.phases import gb, make_plan
+from nslora_dist.plan.phase import gb
+from nslora_dist.plan.phases import make_plan
 from nslora_dist.plan.shapes import Shapes, shapes_of
 from nslora_dist.recipe import Recipe
 
@@ -29,7 +30,7 @@ def check(
 
     Args:
         recipe: the job.
-        phase: ``load``, ``calibrate``, ``train`` or ``export``.
+        phase: ``load``, ``calibrate``, ``train``, ``measure`` or ``export``.
         world_size: number of ranks.
         device: this rank's; on the CPU what a GPU would hold counts as host memory.
         ranks_per_node: ranks on this machine; all of them where left out.

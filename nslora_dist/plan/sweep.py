@@ -7,7 +7,8 @@ from pathlib import Path
 
 from nslora_dist.plan.advice import changed, largest_micro_batch
 from nslora_dist.plan.cluster import Cluster
-from nslora_dist.plan.phases import Plan, make_plan
+from nslora_dist.plan.phase import Plan
+from nslora_dist.plan.phases import make_plan
 from nslora_dist.plan.shapes import Shapes
 from nslora_dist.recipe import Recipe
 

@@ -2,7 +2,8 @@
 
 from nslora_dist.plan import memory
 from nslora_dist.plan.advice import advise, changed, largest_micro_batch
-from nslora_dist.plan.phases import Phase, Plan, gb, make_plan
+from nslora_dist.plan.phase import Phase, Plan, gb
+from nslora_dist.plan.phases import make_plan
 from nslora_dist.plan.shapes import Shapes
 
 

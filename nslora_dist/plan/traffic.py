@@ -205,6 +205,14 @@ def fsdp2_forward(shapes: Shapes, world_size: int) -> list[Traffic]:
     return [Traffic("all_gather", len(units), sum(fsdp2_gather(u, shapes, world_size) for u in units))]
 
 
+def fsdp2_measured(shapes: Shapes, world_size: int, *, with_head: bool) -> list[Traffic]:
+    """One more forward pass without a backward pass in between: the root's group is there since the first."""
+    if world_size == 1:
+        return []
+    units = [u for u in fsdp2_units(shapes)[1:] if with_head or u.name != "lm_head"]
+    return [Traffic("all_gather", len(units), sum(fsdp2_gather(u, shapes, world_size) for u in units))]
+
+
 def fsdp2_micro_batch(shapes: Shapes, world_size: int) -> list[Traffic]:
     """Forward and backward of one micro-batch, exact.
 
@@ -240,11 +248,40 @@ def step_end(shapes: Shapes, world_size: int, engine: str) -> list[Traffic]:
     return [Traffic("all_reduce", 3, 2 * FLOAT64 + FLOAT64 + norm)]
 
 
-def export(shapes: Shapes, world_size: int, engine: str, *, resident: int = 0) -> list[Traffic]:
+def effects(shapes: Shapes, texts: Texts, world_size: int, *, with_grams: bool = False) -> list[Traffic]:
+    """What ``effects.measure`` sums over the ranks beside its forward passes, exact.
+
+    A text three energies a module and two numbers of its divergence, in float64; for a random A that is measured C of
+    every module as well.
+    """
+    if world_size == 1:
+        return []
+    modules, rank = shapes.layers * sum(linear.adapted for linear in shapes.linears), shapes.adapter.rank
+    size = (3 * modules + 2 + (modules * rank * rank if with_grams else 0)) * FLOAT64
+    passes = texts.sources + texts.probes
+    return [Traffic("all_reduce", passes * (3 if with_grams else 2), passes * size)]
+
+
+def budget(shapes: Shapes, world_size: int, engine: str) -> list[Traffic]:
+    """A step's share in keeping an interference budget (``Budget.measure``), exact.
+
+    One float64 a module; and where ranks divide a matrix within a row, which FSDP2 never does, that row in float32.
+    """
+    if world_size == 1:
+        return []
+    split = 0
+    for param in shapes.trained if engine == "zero3" else ():
+        width, share = param.shape[1], padded(param.numel, world_size) // world_size
+        ends = (share * rank for rank in range(1, world_size))
+        split += width * len({end // width for end in ends if end < param.numel and end % width})
+    sizes = [FLOAT64 * len(shapes.trained), FLOAT32 * split]
+    return [Traffic("all_reduce", sum(map(bool, sizes)), sum(sizes))]
+
+
+def export(shapes: Shapes, world_size: int, engine: str) -> list[Traffic]:
     """Every adapter parameter gathered on its own (``Engine.gather``): in float32 where it trains.
 
-    FSDP2 pads rows, ZeRO-3 elements; ZeRO-3 has frozen parameters of up to ``resident`` elements (the persistence
-    threshold) on every rank already.
+    FSDP2 pads rows, ZeRO-3 elements. What ZeRO-3 kept whole on every rank it has let go of in evaluation.
     """
     if world_size == 1:
         return []
@@ -252,7 +289,7 @@ def export(shapes: Shapes, world_size: int, engine: str, *, resident: int = 0) -
     for param in shapes.params:
         if is_null_basis(param.name):
             continue
-        if is_adapter(param.name) and (param.trained or param.numel > resident):
+        if is_adapter(param.name):
             rows = padded_rows(param, world_size) if engine == "fsdp2" else padded(param.numel, world_size)
             found.append(Traffic("all_gather", 1, rows * (FLOAT32 if param.trained else param.itemsize)))
     return total(found)

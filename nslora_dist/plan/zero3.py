@@ -10,11 +10,13 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
 
 from nslora_dist.plan.shapes import Param, Shapes
 from nslora_dist.plan.traffic import FLOAT32, Traffic, padded, total
 
 NEVER = -(10**10)
+HEAD = "model.lm_head"
 
 
 @dataclass(frozen=True)
@@ -70,16 +72,20 @@ class Steady:
         first: of the first micro-batch after an optimizer step.
         later: of every further micro-batch of that step.
         after_step: persistent parameters, gathered again one by one after every step.
+        forward: of a batch without a backward pass, after another one.
+        hidden: the same where the head is not asked for logits.
         live: bytes gathered at most at any time, persistent parameters included.
     """
 
     first: tuple[tuple[Param, ...], ...]
     later: tuple[tuple[Param, ...], ...]
     after_step: tuple[tuple[Param, ...], ...]
+    forward: tuple[tuple[Param, ...], ...]
+    hidden: tuple[tuple[Param, ...], ...]
     live: int
 
     def traffic(self, which: str, world_size: int) -> list[Traffic]:
-        """``first``, ``later`` or ``after_step`` as all-gathers of element-padded parameters."""
+        """The calls of that name as all-gathers of element-padded parameters."""
         if world_size == 1:
             return []
         calls = getattr(self, which)
@@ -96,7 +102,7 @@ def micro_batch_events(shapes: Shapes, *, checkpointing: bool) -> list[Event]:
     embedding's output take one, and a block is recomputed up to its last linear when that linear's saved tensors are
     asked for.
     """
-    head, tail = ["", "model.model"], ["model.model.norm", "model.lm_head"]
+    head, tail = ["", "model.model"], ["model.model.norm", HEAD]
     forward = [Event(name, True, True) for name in head]
     for name in ("model.model.embed_tokens", "model.model.rotary_emb"):
         forward += [Event(name, True, True), Event(name, False, True)]
@@ -165,6 +171,30 @@ class _Replay:
 
     def micro_batch(self) -> tuple[tuple[Param, ...], ...]:
         """One micro-batch: ``reset_step``, all events, ``release_backward_leftovers``."""
+        self._begin()
+        for event in self.events:
+            self._do(event)
+        for name in reversed(self.backward):
+            for param in {*self.own[name], *self.recomputed.pop(name, ())}:
+                self.active[param].discard(name)
+                if param not in self.persistent:
+                    self._release(param)
+        self.complete = True
+        return tuple(self.calls)
+
+    def evaluated(self, *, with_head: bool) -> tuple[tuple[Param, ...], ...]:
+        """A batch without a backward pass, and ``empty_partition_cache``: nothing stays gathered, persistent or not."""
+        self._begin()
+        for event in takewhile(lambda event: event.forward, self.events):
+            if with_head or event.module != HEAD:
+                self._do(event)
+        for param in self.status:
+            self.active[param].clear()
+            self.status[param] = 0
+        self.live = 0
+        return tuple(self.calls)
+
+    def _begin(self) -> None:
         self.calls = []
         for param, state in self.status.items():
             if state == 1:
@@ -175,18 +205,12 @@ class _Replay:
         self.step_id = self.available = 0
         self.backward: dict[str, None] = {}
         self.recomputed: dict[str, set[Param]] = {}
-        for event in self.events:
-            if event.fetch:
-                self._fetch(event)
-            else:
-                self._leave(event)
-        for name in reversed(self.backward):
-            for param in {*self.own[name], *self.recomputed.pop(name, ())}:
-                self.active[param].discard(name)
-                if param not in self.persistent:
-                    self._release(param)
-        self.complete = True
-        return tuple(self.calls)
+
+    def _do(self, event: Event) -> None:
+        if event.fetch:
+            self._fetch(event)
+        else:
+            self._leave(event)
 
     def optimizer_step(self) -> tuple[tuple[Param, ...], ...]:
         """``release_and_reset_all``, then ``_post_step`` gathers the persistent parameters one by one."""
@@ -292,7 +316,7 @@ def steady(shapes: Shapes, knobs: Knobs, *, checkpointing: bool) -> Steady:
             path = f"model.{param.name.rsplit('.', 1)[0]}"
             own[path] = (*own[path], param)
     if shapes.tied:
-        own["model.lm_head"] = own["model.model.embed_tokens"]
+        own[HEAD] = own["model.model.embed_tokens"]
     replay = _Replay(own, events, knobs)
     replay.micro_batch()  # records
     replay.micro_batch()
@@ -300,8 +324,10 @@ def steady(shapes: Shapes, knobs: Knobs, *, checkpointing: bool) -> Steady:
     replay.peak = 0
     first = replay.micro_batch()
     later = replay.micro_batch()
-    after = replay.optimizer_step()
-    return Steady(first, later, after, replay.peak)
+    after, live = replay.optimizer_step(), replay.peak
+    replay.evaluated(with_head=True)
+    forward, hidden = (replay.evaluated(with_head=with_head) for with_head in (True, False))
+    return Steady(first, later, after, forward, hidden, live)
 
 
 def start(shapes: Shapes, world_size: int) -> list[Traffic]:

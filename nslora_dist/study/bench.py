@@ -21,7 +21,8 @@ from nslora_dist.engines import start_engine
 from nslora_dist.engines.base import Job
 from nslora_dist.evaluate import EvaluationSets, evaluate
 from nslora_dist.input_groups import InputGroup, input_groups, target_groups
-from nslora_dist.recipe import AdapterSection, Recipe
+from nslora_dist.recipe import Recipe
+from nslora_dist.recipe_adapter import AdapterSection
 from nslora_dist.rows import pad_id
 from nslora_dist.study.bases import locked
 from nslora_dist.study.cells import Cell, base_folder

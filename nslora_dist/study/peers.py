@@ -25,7 +25,7 @@ from nslora_dist.adapter import AdaptedLinear
 from nslora_dist.base_weights import fill_unit
 from nslora_dist.batches import Batch
 from nslora_dist.engines.base import Job
-from nslora_dist.recipe import LINEAR_TARGETS
+from nslora_dist.recipe_adapter import LINEAR_TARGETS
 
 PREFIX = "base_model.model."
 

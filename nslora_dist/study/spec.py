@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, fi
 
 from nslora_dist.errors import UserError
 from nslora_dist.explain import explain, nearest
-from nslora_dist.recipe import AdapterSection
+from nslora_dist.recipe_adapter import AdapterSection
 from nslora_dist.recipe_file import RECIPES, load_recipe_as
 from nslora_dist.recipe_types import Count, Fraction, Name, Names, NonNegative, Positive, Section, Seed, Where
 

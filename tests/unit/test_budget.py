@@ -18,7 +18,7 @@ from nslora_dist.budget import Budget, cut, rounded_down, scale_factors, split_r
 from nslora_dist.calibration.store import MIXTURE
 from nslora_dist.engines.base import Shard
 from nslora_dist.errors import UserError
-from nslora_dist.recipe import AdapterSection
+from nslora_dist.recipe_adapter import AdapterSection
 
 CPU = torch.device("cpu")
 RANK, SCALE = 5, 1.5

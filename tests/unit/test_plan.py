@@ -16,15 +16,19 @@ from helpers import world
 from nslora_dist.errors import UserError
 from nslora_dist.frozen import FrozenLinear
 from nslora_dist.plan import memory, traffic, zero3
-from nslora_dist.plan.advice import advise, largest_micro_batch, remedies
+from nslora_dist.plan.advice import advise, changed, largest_micro_batch, remedies
+from nslora_dist.plan.calibrating import largest_ownership, owned_groups
 from nslora_dist.plan.check import check
 from nslora_dist.plan.cluster import Cluster, quantity
 from nslora_dist.plan.main import main
-from nslora_dist.plan.phases import largest_ownership, make_plan, owned_groups, train_flops, wire_seconds
+from nslora_dist.plan.measuring import sequences as sequences_of_texts
+from nslora_dist.plan.phase import wire_seconds
+from nslora_dist.plan.phases import make_plan
 from nslora_dist.plan.shapes import Shapes, shapes_of
 from nslora_dist.plan.sweep import sweep, write_csv, write_plot
 from nslora_dist.plan.text import describe
 from nslora_dist.plan.traffic import Traffic
+from nslora_dist.plan.training import train_flops
 from nslora_dist.recipe import Recipe
 from nslora_dist.recipe_file import load_recipe
 
@@ -238,7 +242,7 @@ def test_remedies_come_in_order(toy: tuple[Recipe, Shapes]) -> None:
 def test_one_small_gpu_calibrates_70b_in_four_bits() -> None:
     recipe = load_recipe("llama3_70b_math_qlora")
     plan = make_plan(recipe, shapes_of(recipe), Cluster(gpus=1, gpu_memory=24e9))
-    assert [phase.name for phase, _ in plan.short_of()] == ["load", "train", "export"]
+    assert [phase.name for phase, _ in plan.short_of()] == ["load", "train", "measure", "export"]
 
 
 def test_disk_and_host_memory_are_compared(large: tuple[Recipe, Shapes]) -> None:
@@ -251,7 +255,7 @@ def test_disk_and_host_memory_are_compared(large: tuple[Recipe, Shapes]) -> None
 def test_check_names_the_figure(toy: tuple[Recipe, Shapes], monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, shapes = toy
     cpu = torch.device("cpu")
-    for phase in ("load", "calibrate", "train", "export"):
+    for phase in ("load", "calibrate", "train", "measure", "export"):
         check(recipe, phase, world_size=1, device=cpu, shapes=shapes)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(
@@ -293,7 +297,8 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     line = "--recipe llama3_70b_math --gpus 8 --gpu-memory 80GB --interconnect 400Gb/s train.micro_batch_size=2"
     assert main(line.split()) == 0
     said = capsys.readouterr().out
-    for part in ("load", "calibrate", "solve", "train", "export", "4.09 GB of Grams a block", "efficiency", "2 x 512"):
+    phases = ("load", "calibrate", "solve", "train", "measure", "export")
+    for part in (*phases, "4.09 GB of Grams a block", "efficiency", "2 x 512"):
         assert part in said
 
 
@@ -339,3 +344,25 @@ def test_null_lora_counts_its_bases_and_composed_factors(tmp_path: Path) -> None
     assert gathered == 4 * 4 * widths, "the bases stay where they are"
     said = describe(make_plan(recipe, shapes, replace(GPU, gpus=1)))
     assert "null_lora: counted with null_dim directions a side" in said and "calibrate " not in said
+
+
+def test_what_is_measured_at_the_end_is_planned(large: tuple[Recipe, Shapes]) -> None:
+    """Two passes over all texts; a budget on a random A costs a third, and each step a sum of one number a module."""
+    recipe, shapes = large
+    plan = make_plan(recipe, shapes, GPU)
+    section, measured = recipe.calibration, plan.phase("measure")
+    sequences = sum(sequences_of_texts(recipe))
+    assert sequences == 224 + 256  # one source, an eighth held out, and one probe
+    tokens = sequences // 8 * section.sequence_length
+    products = 80 * shapes.block_products + shapes.vocabulary * shapes.hidden
+    assert measured.flops == pytest.approx(2 * 2 * tokens * products, rel=0.05)  # attention and adapters come on top
+    dial = {"method": "lora", "freeze_a": True, "interference_budget": 0.1}
+    limited = changed(recipe, **{f"adapter__{key}": value for key, value in dial.items()})
+    random_a = make_plan(limited, shapes_of(limited), GPU)
+    assert random_a.phase("measure").flops == pytest.approx(1.5 * measured.flops, rel=0.02)
+    steps = [{one.collective: one for one in p.phase("train").wire}["all_reduce"] for p in (plan, random_a)]
+    assert steps[1].bytes - steps[0].bytes == 8 * 560
+    # A longer batch gathers the model less often.
+    wide = make_plan(changed(recipe, calibration__batch_size=4), shapes, GPU).phase("measure")
+    assert wide.sent(8) < measured.sent(8) / 3
+    assert wide.gpu_bytes > measured.gpu_bytes
