@@ -1,12 +1,14 @@
 """A page about a study, from a template: prose whose figures are looked up in the summary and never typed.
 
-A template is Jinja's, in Markdown. ``{{ kept('1m', 'minimum', 'lora') | n }}`` becomes .270; ``figures`` below says
+A template is Jinja's, in Markdown. ``{{ kept('1m', 'minimum', 'lora') | n }}`` becomes .270; ``Figures`` below says
 what may be asked for. Lines are filled anew, so that a figure's length does not matter.
 """
 
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ def text_of_page(template: Path, *, found: Mapping[str, Any], summary: str, line
     environment.filters |= {"n": number, "n2": lambda value: number(value, 2), "percent": lambda value: f"{value:.0%}"}
     try:
         asked = environment.from_string(template.read_text(encoding="utf-8"))
-        text = asked.render(figures(found, summary, lines, planned))
+        text = asked.render(Figures(found, summary, lines, planned).names())
     except (TemplateError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"--page {template}: {type(error).__name__}: {error}") from error
     return filled(text)
@@ -63,100 +65,135 @@ def number(value: float | None, digits: int = 3) -> str:
     return text[1:] if text.startswith("0.") else text
 
 
-def figures(found: Mapping[str, Any], summary: str, lines: Sequence[Line], planned: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Figures:
     """What a template may call; numbers come back as numbers, for the filters ``n``, ``n2`` and ``percent``.
 
-    Returns:
-        ``arm(size, task, arm[, decay])``: the figures of an arm, or of it with one weight decay, as in the summary;
-        ``area``, ``kept(..., share)``, ``band``, ``fresh`` and ``product`` (rate times decay at the chosen setting) of
-        it; ``correlation(aggregate, which[, where])``, ``correlations`` (on every base and task), ``probes`` (piece by
-        piece) and ``safe``; ``curve(grid)`` and ``point(grid, value, rate, score)``; ``cells(**where)``, lines, a value
-        or a list of values a key, and over these ``mean``, ``most`` and ``least`` of a score, and ``lost_below_kl``;
-        ``kept_at(size, task, arm, adaptation)``; ``table(start, rows, after)`` of the summary; ``prediction``, its part
-        of the summary; ``planned``, the number of cells.
+    Attributes:
+        found: ``summary.json``.
+        summary: ``summary.md``.
+        lines: of all cells.
+        planned: number of cells of the study.
     """
-    prediction = found["prediction"]
 
-    def arm(size: str, task: str, name: str, decay: float | None = None, *, calibration: str = "all") -> dict[str, Any]:
+    found: Mapping[str, Any]
+    summary: str
+    lines: Sequence[Line]
+    planned: int
+
+    @property
+    def prediction(self) -> Any:
+        """The summary's part on foretelling forgetting."""
+        return self.found["prediction"]
+
+    def arm(
+        self, size: str, task: str, name: str, decay: float | None = None, *, calibration: str = "all"
+    ) -> dict[str, Any]:
+        """The figures of an arm, or of it with one weight decay, as in the summary."""
         where = (size, task, calibration)
-        entry = _only((e for e in found["settings"] if (e["size"], e["task"], e["calibration"]) == where), where)
+        settings = self.found["settings"]
+        entry = _only((e for e in settings if (e["size"], e["task"], e["calibration"]) == where), where)
         own: dict[str, Any] = entry["arms"][name] if decay is None else entry["variants"][f"{name}, wd {decay:g}"]
         return own
 
-    def area(*where: Any) -> float | None:
-        return _value(arm(*where)["area"])
+    def area(self, *where: Any) -> float | None:
+        """Under the arm's frontier."""
+        return _value(self.arm(*where)["area"])
 
-    def kept(*where: Any, share: float = 0.95) -> float | None:
-        return _value(arm(*where)["retention_at"][f"{share:g}"])
+    def kept(self, *where: Any, share: float = 0.95) -> float | None:
+        """Retention at that share of the best adaptation."""
+        return _value(self.arm(*where)["retention_at"][f"{share:g}"])
 
-    def band(*where: Any) -> str:
-        own = arm(*where)
+    def band(self, *where: Any) -> str:
+        """Decades of learning rates that are safe."""
+        own = self.arm(*where)
         return f"{'' if own['band_ends'] else 'at least '}{number(own['band'], 2)}"
 
-    def fresh(*where: Any, learned: bool = False) -> float | None:
-        own = arm(*where)["fresh"]
+    def fresh(self, *where: Any, learned: bool = False) -> float | None:
+        """What the other seeds' choice keeps, or has learned, on a seed that had no part in it."""
+        own = self.arm(*where)["fresh"]
         return float(own["adaptation"]) if learned else _value(own["retention"])
 
-    def correlation(aggregate: str, which: str = "across", where: str | None = None) -> float | None:
-        own = (prediction["aggregates"] if where is None else prediction["settings"][where])[aggregate]
+    def product(self, *where: Any) -> float:
+        """Learning rate times weight decay at the chosen setting."""
+        chosen = self.arm(*where)["chosen"]
+        return float(chosen["learning_rate"]) * float(chosen["weight_decay"])
+
+    def correlation(self, aggregate: str, which: str = "across", where: str | None = None) -> float | None:
+        """Of an aggregate of interference with forgetting: over all cells, or those of one base and task."""
+        own = (self.prediction["aggregates"] if where is None else self.prediction["settings"][where])[aggregate]
         return _value(own[which]) if isinstance(own[which], dict) else own[which]
 
-    def safe(aggregate: str, which: str) -> str:
-        return f"{_value(prediction['aggregates'][aggregate][which]):.2g}"
+    def correlations(self, aggregate: str, which: str, start: str = "") -> list[float]:
+        """The same on every base and task whose name starts so."""
+        settings = self.prediction["settings"]
+        own = (self.correlation(aggregate, which, name) for name in settings if name.startswith(start))
+        return [value for value in own if value is not None]
 
-    def curve(grid: str, *, size: str = "1m", task: str = "new_facts") -> Any:
+    def probes(self, which: str, *pieces: str) -> list[float]:
+        """Of a probe's interference or divergence with what is lost of it, piece by piece."""
+        own = self.prediction["probes"]["by_piece"]
+        return [float(own[piece][which]["value"]) for piece in pieces or own]
+
+    def safe(self, aggregate: str, which: str) -> str:
+        """The value of an aggregate up to which next to nothing is lost."""
+        return f"{_value(self.prediction['aggregates'][aggregate][which]):.2g}"
+
+    def curve(self, grid: str, *, size: str = "1m", task: str = "new_facts") -> Any:
+        """A grid's scores along what it varies."""
         where = (grid, size, task)
-        return _only((c for c in found["curves"] if (c["grid"], c["size"], c["task"]) == where), where)
+        return _only((c for c in self.found["curves"] if (c["grid"], c["size"], c["task"]) == where), where)
 
     def point(
-        grid: str, value: Any, rate: float, score: str, *, size: str = "1m", task: str = "new_facts"
+        self, grid: str, value: Any, rate: float, score: str, *, size: str = "1m", task: str = "new_facts"
     ) -> float | None:
-        of_curve = curve(grid, size=size, task=task)["points"]
+        """One score of a curve, at a value and a learning rate."""
+        of_curve = self.curve(grid, size=size, task=task)["points"]
         rated = (p for p in of_curve if p["value"] == value and np.isclose(p["learning_rate"], rate))
-        of = _only(rated, (grid, size, task, value, rate))
-        return float(of[score])
+        return float(_only(rated, (grid, size, task, value, rate))[score])
 
-    def cells(**where: Any) -> list[Line]:
-        chosen = [line for line in lines if all(_is(line[key], value) for key, value in where.items())]
+    def cells(self, **where: Any) -> list[Line]:
+        """Lines by their settings: a value, or a list of values, a key."""
+        chosen = [line for line in self.lines if all(_is(line[key], value) for key, value in where.items())]
         if not chosen:
             raise LookupError(f"no cell has {where}")
         return chosen
 
-    def over(reduce: Callable[[list[float]], Any]) -> Callable[..., float]:
-        return lambda score, **where: float(reduce([_score(line, score) for line in cells(**where)]))
+    def mean(self, score: str, **where: Any) -> float:
+        """Over these cells."""
+        return float(np.mean([_score(line, score) for line in self.cells(**where)]))
 
-    def kept_at(size: str, task: str, name: str, adaptation: float, *, decay: Any = None) -> float:
+    def most(self, score: str, **where: Any) -> float:
+        """Over these cells."""
+        return max(_score(line, score) for line in self.cells(**where))
+
+    def least(self, score: str, **where: Any) -> float:
+        """Over these cells."""
+        return min(_score(line, score) for line in self.cells(**where))
+
+    def kept_at(self, size: str, task: str, name: str, adaptation: float, *, decay: Any = None) -> float:
+        """Most retention of an arm's settings that learn so much."""
         where = {} if decay is None else {"weight_decay": decay}
-        own = points(cells(size=size, task=task, arm=name, calibration="all", **where))
+        own = points(self.cells(size=size, task=task, arm=name, calibration="all", **where))
         return max(float(p["retention"]) for p in own if p["adaptation"] >= adaptation - 1e-12)
 
-    def product(*where: Any) -> float:
-        chosen = arm(*where)["chosen"]
-        return float(chosen["learning_rate"]) * float(chosen["weight_decay"])
+    def lost_below_kl(self, limit: float, **where: Any) -> float:
+        """Most that a cell lost whose divergence stays below a limit."""
+        return max(forgetting(line) for line in self.cells(**where) if _score(line, "kl") < limit)
 
-    def correlations(aggregate: str, which: str, start: str = "") -> list[float]:
-        own = (correlation(aggregate, which, name) for name in prediction["settings"] if name.startswith(start))
-        return [value for value in own if value is not None]
+    def table(self, start: str, rows: Sequence[str] | None = None, after: str = "") -> str:
+        """The first table of the summary behind ``after`` whose header starts so, or those of its rows."""
+        text = self.summary[self.summary.index(after) :].splitlines()
+        at = _only((number for number, line in enumerate(text) if line.startswith(start)), start)
+        found = list(takewhile(lambda line: line.startswith("|"), text[at:]))
+        if rows is not None:
+            named = {line.split("|")[1].strip(" *"): line for line in found[2:]}
+            found = [*found[:2], *(named[row] for row in rows)]
+        return "\n".join(found)
 
-    def probes(which: str, *pieces: str) -> list[float]:
-        own = prediction["probes"]["by_piece"]
-        return [float(own[piece][which]["value"]) for piece in pieces or own]
-
-    def lost_below_kl(limit: float, **where: Any) -> float:
-        return max(forgetting(line) for line in cells(**where) if _score(line, "kl") < limit)
-
-    def table(start: str, rows: Sequence[str] | None = None, after: str = "") -> str:
-        return _table(summary, start, rows, after)
-
-    of_summary = (arm, area, kept, band, fresh, product, correlation, correlations, probes, safe, curve, point, table)
-    of_lines = (cells, lost_below_kl, kept_at)
-    return {f.__name__: f for f in (*of_summary, *of_lines)} | {
-        "mean": over(np.mean),
-        "most": over(max),
-        "least": over(min),
-        "prediction": prediction,
-        "planned": planned,
-    }
+    def names(self) -> dict[str, Any]:
+        """Everything above, by its name."""
+        return {name: getattr(self, name) for name in dir(self) if not name.startswith("_") and name != "names"}
 
 
 def _only(found: Iterator[Any], what: Any) -> Any:
@@ -188,21 +225,6 @@ def _score(line: Line, score: str) -> float:
     if score == "facts":
         return float(np.mean([value for piece, value in by_piece.items() if piece.startswith("facts")]))
     return float(line[score] if score in line else by_piece[score])
-
-
-def _table(summary: str, start: str, rows: Sequence[str] | None, after: str) -> str:
-    """The first table of the summary behind ``after`` whose header starts so, or those of its rows."""
-    text = summary[summary.index(after) :].splitlines()
-    at = _only((number for number, line in enumerate(text) if line.startswith(start)), start)
-    found = []
-    for line in text[at:]:
-        if not line.startswith("|"):
-            break
-        found.append(line)
-    if rows is not None:
-        named = {line.split("|")[1].strip(" *"): line for line in found[2:]}
-        found = [*found[:2], *(named[row] for row in rows)]
-    return "\n".join(found)
 
 
 def filled(text: str) -> str:
