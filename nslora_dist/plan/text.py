@@ -46,6 +46,7 @@ def describe(plan: Plan) -> str:
         "Assumed (every line is a flag, - for _; bytes, bytes/s, FLOP/s, seconds; 0: not known, not checked):",
         *(f"  {line}" for line in cluster.assumptions()),
         "Every row of training and calibration counts at its full length. Sent: ring algorithms; as much is received.",
+        "Not counted: evaluation, whose rows are not read here; baselines, each of which loads and trains anew.",
     ]
     return "\n".join(lines)
 
