@@ -44,7 +44,8 @@ def text_of(found: Mapping[str, Any], *, name: str, missing: int, plots: Sequenc
     if missing:
         parts.append(f"**Unfinished: {missing} cells are missing.**")
     if found["settings"]:
-        parts += [_headline(found["settings"], found["compared"]), FRESH, _fresh(found["settings"], found["compared"])]
+        own = found["settings"], found["compared"]
+        parts += [*_headlines(*own), FRESH, *_fresh(*own)]
     parts += [f"![{path.stem}]({path})" for path in plots if path.stem == "headline"]
     parts.append(HOW)
     for setting in found["settings"]:
@@ -77,9 +78,18 @@ HOW = (
 )
 
 
-def _headline(settings: Sequence[Mapping[str, Any]], compared: Collection[str]) -> str:
-    """Every compared arm in one row, on every base and task with the first calibration."""
+def _headlines(settings: Sequence[Mapping[str, Any]], compared: Collection[str]) -> list[str]:
+    """A table a size: every compared arm in one row, on every task with the first calibration."""
+    return [_headline(size, shown, compared) for size, shown in _by_size(settings)]
+
+
+def _by_size(settings: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
     shown = of_first_calibration(settings)
+    sizes = dict.fromkeys(setting["size"] for setting in shown)
+    return [(size, [setting for setting in shown if setting["size"] == size]) for size in sizes]
+
+
+def _headline(size: str, shown: Sequence[Mapping[str, Any]], compared: Collection[str]) -> str:
     whole = [whole_arms(setting, compared) for setting in shown]
     every = {name: own for setting in shown for name, own in setting["arms"].items() if name in compared}
 
@@ -94,13 +104,12 @@ def _headline(settings: Sequence[Mapping[str, Any]], compared: Collection[str]) 
     def rank(name: str) -> tuple[float, int]:
         return -sum(arms[name]["area"]["value"] for arms in shared), -sum(name in arms for arms in whole)
 
-    order = sorted(every, key=rank)
-    rows = [[_named(name, every[name]), *(c for arms in whole for c in cells(name, arms))] for name in order]
-    header = ["arm"]
-    for setting in shown:
-        where = f"{setting['size']} {setting['task'].replace('_', ' ')}"
-        header += [f"{where}: area", f"at {SHARES[0]:.0%}"]
-    return markdown_table(header, rows)
+    rows = [
+        [_named(name, every[name]), *(c for arms in whole for c in cells(name, arms))]
+        for name in sorted(every, key=rank)
+    ]
+    tasks = ((f"{setting['task'].replace('_', ' ')}: area", f"at {SHARES[0]:.0%}") for setting in shown)
+    return markdown_table([size, *(column for columns in tasks for column in columns)], rows)
 
 
 FRESH = (
@@ -109,22 +118,21 @@ FRESH = (
 )
 
 
-def _fresh(settings: Sequence[Mapping[str, Any]], compared: Collection[str]) -> str:
-    """What the choice of a setting is worth where it was not made: every compared arm, on every base and task."""
-    shown = of_first_calibration(settings)
-    tried = [
-        {name: own for name, own in whole_arms(setting, compared).items() if own["fresh"]["seeds"]} for setting in shown
-    ]
-    columns = [place for place, arms in enumerate(tried) if arms]
-    if not columns:
-        return "None yet."
-    names = {name: own for place in columns for name, own in tried[place].items()}
-    header = ["arm", *(f"{shown[p]['size']} {shown[p]['task'].replace('_', ' ')}" for p in columns)]
-    rows = [
-        [_named(name, own), *(_learned_and_kept(tried[place].get(name)) for place in columns)]
-        for name, own in sorted(names.items(), key=lambda item: list(compared).index(item[0]))
-    ]
-    return markdown_table(header, rows)
+def _fresh(settings: Sequence[Mapping[str, Any]], compared: Collection[str]) -> list[str]:
+    """A table a size: what the choice of a setting is worth where it was not made, on every task."""
+    tables = []
+    for size, shown in _by_size(settings):
+        wholes = [whole_arms(setting, compared) for setting in shown]
+        tried = [{name: own for name, own in arms.items() if own["fresh"]["seeds"]} for arms in wholes]
+        columns = [place for place, arms in enumerate(tried) if arms]
+        names = {name: own for place in columns for name, own in tried[place].items()}
+        header = [f"{size}, fresh seeds", *(shown[place]["task"].replace("_", " ") for place in columns)]
+        rows = [
+            [_named(name, own), *(_learned_and_kept(tried[place].get(name)) for place in columns)]
+            for name, own in sorted(names.items(), key=lambda item: list(compared).index(item[0]))
+        ]
+        tables += [markdown_table(header, rows)] if columns else []
+    return tables or ["None yet."]
 
 
 def _learned_and_kept(own: Mapping[str, Any] | None) -> str:
