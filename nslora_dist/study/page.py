@@ -171,9 +171,8 @@ class Figures:
         """Over these cells."""
         return min(_score(line, score) for line in self.cells(**where))
 
-    def kept_at(self, size: str, task: str, name: str, adaptation: float, *, decay: Any = None) -> float:
-        """Most retention of an arm's settings that learn so much."""
-        where = {} if decay is None else {"weight_decay": decay}
+    def kept_at(self, size: str, task: str, name: str, adaptation: float, **where: Any) -> float:
+        """Most retention of an arm's settings that learn so much, of the cells with these settings besides."""
         own = points(self.cells(size=size, task=task, arm=name, calibration="all", **where))
         return max(float(p["retention"]) for p in own if p["adaptation"] >= adaptation - 1e-12)
 
