@@ -6,7 +6,7 @@ from nslora_dist.calibration.grams import LEAF
 from nslora_dist.plan import memory, traffic
 from nslora_dist.plan.cluster import Cluster
 from nslora_dist.plan.memory import Batch, CalibrationLoad
-from nslora_dist.plan.phase import Phase, gb, read_seconds, wire_seconds
+from nslora_dist.plan.phase import Phase, gb, on_node, read_seconds, wire_seconds
 from nslora_dist.plan.shapes import Group, Shapes
 from nslora_dist.recipe import Recipe
 
@@ -64,7 +64,7 @@ def calibrating(recipe: Recipe, shapes: Shapes, cluster: Cluster) -> tuple[Phase
     section, world = recipe.calibration, cluster.gpus
     texts = traffic.Texts.of(recipe)
     length, samples = section.sequence_length, section.samples
-    per_rank = sum(ceil(n / world) for n in _sequences(recipe)) * length
+    per_rank = sum(ceil(n / world) for n in sequences(recipe, heldout=True)) * length
     batch = Batch(section.batch_size, length, masked=not section.concatenate and section.batch_size > 1)
     owned = largest_ownership(shapes, world, section.solver.placement)
     native = shapes.compute == 2
@@ -72,8 +72,7 @@ def calibrating(recipe: Recipe, shapes: Shapes, cluster: Cluster) -> tuple[Phase
         texts, per_rank, batch, section.hidden_states == "host", section.solver.method, owned, native
     )
     gpu, host = memory.calibration(shapes, load, world)
-    host = {name: size * cluster.ranks_per_node for name, size in host.items()}
-    host["processes"] = cluster.interpreter * cluster.ranks_per_node
+    host = on_node(host, cluster)
     space = memory.null_space_bytes(shapes, texts)
     host["null space on rank 0"] = space
     wire = traffic.calibration(shapes, texts, world)
@@ -108,8 +107,9 @@ def calibrating(recipe: Recipe, shapes: Shapes, cluster: Cluster) -> tuple[Phase
     return Phase("calibrate", gpu, host, tuple(wire), flops, seconds, 2 * space, note), solve
 
 
-def _sequences(recipe: Recipe) -> list[int]:
-    """Sequences of every set: each source's in two parts, each probe's."""
+def sequences(recipe: Recipe, *, heldout: bool) -> list[int]:
+    """Sequences of every set: each source's without those held out, these by themselves if wanted, and each probe's."""
     section = recipe.calibration
     held = round(section.samples * section.heldout_fraction)
-    return [section.samples - held, held] * len(section.sources) + [section.samples] * len(section.probes)
+    of_source = [section.samples - held, held] if heldout else [section.samples - held]
+    return of_source * len(section.sources) + [section.samples] * len(section.probes)

@@ -4,23 +4,16 @@ from math import ceil
 
 from nslora_dist.linear import HEAD_CHUNK_BYTES
 from nslora_dist.plan import memory, traffic, zero3
-from nslora_dist.plan.calibrating import attention_flops
+from nslora_dist.plan.calibrating import attention_flops, sequences
 from nslora_dist.plan.cluster import Cluster
 from nslora_dist.plan.memory import Batch, Parts
-from nslora_dist.plan.phase import Phase, overlapped_seconds, wire_seconds
+from nslora_dist.plan.phase import Phase, on_node, overlapped_seconds, weight_seconds, wire_seconds
 from nslora_dist.plan.shapes import Shapes
 from nslora_dist.plan.traffic import FLOAT32, Traffic
 from nslora_dist.recipe import Recipe
 
 CHUNK = 5
 """Float32 copies of a chunk of logits while two distributions are compared (``head_divergence``)."""
-
-
-def sequences(recipe: Recipe) -> list[int]:
-    """Sequences of every text that is measured with: a source's without those held out, and a probe's."""
-    section = recipe.calibration
-    held = round(section.samples * section.heldout_fraction)
-    return [section.samples - held] * len(section.sources) + [section.samples] * len(section.probes)
 
 
 def measuring(recipe: Recipe, shapes: Shapes, cluster: Cluster, knobs: zero3.Knobs) -> Phase:
@@ -30,7 +23,7 @@ def measuring(recipe: Recipe, shapes: Shapes, cluster: Cluster, knobs: zero3.Kno
     """
     section, world = recipe.calibration, cluster.gpus
     rows, length = section.batch_size, section.sequence_length
-    own = [ceil(n / world) for n in sequences(recipe)]
+    own = [ceil(n / world) for n in sequences(recipe, heldout=False)]
     batches, tokens = sum(ceil(n / rows) for n in own), sum(own) * length
     passes = 3 if recipe.adapter.measures_a else 2
     texts = traffic.Texts.of(recipe)
@@ -46,11 +39,7 @@ def measuring(recipe: Recipe, shapes: Shapes, cluster: Cluster, knobs: zero3.Kno
     heads = 2 * 2.0 * shapes.vocabulary * shapes.hidden  # the logits of both, in the second pass
     flops = tokens * (passes * shapes.layers * forward + heads)
     compute = flops / (cluster.flops * cluster.efficiency)
-    if shapes.quantized:
-        dense = shapes.layers * shapes.block_products * (0.5 + shapes.compute)
-        compute += batches * passes * dense / cluster.memory_bandwidth
-    if recipe.engine.name == "zero3" and knobs.offload_param:
-        compute += batches * passes * sum(p.bytes for p in shapes.params) / world / cluster.host_bandwidth
+    compute += batches * passes * weight_seconds(shapes, cluster, knobs, recipe.engine.name)
     seconds = overlapped_seconds(compute, wire_seconds(wire, cluster), cluster)
 
     gpu, host = measuring_memory(recipe, shapes, cluster, knobs)
@@ -92,6 +81,4 @@ def measuring_memory(recipe: Recipe, shapes: Shapes, cluster: Cluster, knobs: ze
     head = float(2 * c * h * batch.tokens + CHUNK * FLOAT32 * rows * shapes.vocabulary)
     gpu["the base's hidden states"] = float(c * h * batch.tokens)
     gpu["activations" if block > head else "logits"] = max(block, head)
-    host = {name: size * cluster.ranks_per_node for name, size in host.items()}
-    host["processes"] = cluster.interpreter * cluster.ranks_per_node
-    return gpu, host
+    return gpu, on_node(host, cluster)

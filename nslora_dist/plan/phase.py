@@ -99,6 +99,22 @@ def knobs_of(recipe: Recipe) -> zero3.Knobs:
     return zero3.Knobs() if recipe.engine.config is None else zero3.Knobs.of(check_zero_config(recipe))
 
 
+def on_node(host: Parts, cluster: Cluster) -> Parts:
+    """A rank's host memory as a node's, with its processes."""
+    held = {name: size * cluster.ranks_per_node for name, size in host.items()}
+    return held | {"processes": cluster.interpreter * cluster.ranks_per_node}
+
+
+def weight_seconds(shapes: Shapes, cluster: Cluster, knobs: zero3.Knobs, engine: str) -> float:
+    """What one pass over all weights takes beside its products: unpacking 4 bits, and fetching what is offloaded."""
+    seconds = 0.0
+    if shapes.quantized:  # half a byte read and the dense weight written
+        seconds += shapes.layers * shapes.block_products * (0.5 + shapes.compute) / cluster.memory_bandwidth
+    if engine == "zero3" and knobs.offload_param:
+        seconds += sum(p.bytes for p in shapes.params) / cluster.gpus / cluster.host_bandwidth
+    return seconds
+
+
 def wire_seconds(wire: list[Traffic] | tuple[Traffic, ...], cluster: Cluster) -> float:
     """Ring time of the payloads and the latency of every call."""
     if cluster.gpus == 1:

@@ -4,7 +4,7 @@ from nslora_dist.plan import memory, traffic, zero3
 from nslora_dist.plan.calibrating import calibrating
 from nslora_dist.plan.cluster import Cluster
 from nslora_dist.plan.measuring import measuring
-from nslora_dist.plan.phase import Phase, Plan, gb, knobs_of, read_seconds, wire_seconds
+from nslora_dist.plan.phase import Phase, Plan, gb, knobs_of, on_node, read_seconds, wire_seconds
 from nslora_dist.plan.shapes import Shapes
 from nslora_dist.plan.training import training
 from nslora_dist.recipe import Recipe
@@ -30,9 +30,7 @@ def _load(recipe: Recipe, shapes: Shapes, cluster: Cluster, knobs: zero3.Knobs) 
     wire += traffic.exchange(traffic.exchanged_units(shapes, engine), shapes, world)
     if engine == "zero3":
         wire += zero3.start(shapes, world)
-    host = {name: size * cluster.ranks_per_node for name, size in host.items()}
-    host |= {
-        "processes": cluster.interpreter * cluster.ranks_per_node,
+    host = on_node(host, cluster) | {
         "null space on rank 0": memory.null_space_bytes(shapes, texts),
         "tensors being read": cluster.ranks_per_node * shapes.compute * shapes.vocabulary * shapes.hidden / world,
     }
@@ -51,8 +49,7 @@ def _export(recipe: Recipe, shapes: Shapes, cluster: Cluster, knobs: zero3.Knobs
     largest = max((p.numel for p in shapes.trained), default=0)
     gpu["one factor"] = 4.0 * largest
     size = memory.adapter_bytes(shapes)
-    host = {name: value * cluster.ranks_per_node for name, value in host.items()}
-    host |= {"processes": cluster.interpreter * cluster.ranks_per_node, "factors on rank 0": size}
+    host = on_node(host, cluster) | {"factors on rank 0": size}
     wire = traffic.export(shapes, world, engine)
     seconds = wire_seconds(wire, cluster) + size / cluster.disk_bandwidth
     return Phase("export", gpu, host, tuple(wire), seconds=seconds, disk=2 * size, note=f"adapter of {gb(size)}")

@@ -197,14 +197,6 @@ def fsdp2_gather(unit: Unit, shapes: Shapes, world_size: int) -> int:
     return sum(padded_rows(p, world_size) for p in unit.params) * shapes.compute
 
 
-def fsdp2_forward(shapes: Shapes, world_size: int) -> list[Traffic]:
-    """One forward pass: each unit is gathered once; also an evaluation batch."""
-    if world_size == 1:
-        return []
-    units = fsdp2_units(shapes)
-    return [Traffic("all_gather", len(units), sum(fsdp2_gather(u, shapes, world_size) for u in units))]
-
-
 def fsdp2_measured(shapes: Shapes, world_size: int, *, with_head: bool) -> list[Traffic]:
     """One more forward pass without a backward pass in between: the root's group is there since the first."""
     if world_size == 1:
@@ -226,7 +218,7 @@ def fsdp2_micro_batch(shapes: Shapes, world_size: int) -> list[Traffic]:
     again = [u for u in units if u.name.startswith("model.layers.")]
     reduced = [u for u in units if any(p.trained for p in u.params)]
     return [
-        *fsdp2_forward(shapes, world_size),
+        Traffic("all_gather", len(units), sum(fsdp2_gather(u, shapes, world_size) for u in units)),
         Traffic("all_gather", len(again), sum(fsdp2_gather(u, shapes, world_size) for u in again)),
         Traffic(
             "reduce_scatter",

@@ -4,7 +4,7 @@ from nslora_dist.plan import memory, traffic, zero3
 from nslora_dist.plan.calibrating import attention_flops
 from nslora_dist.plan.cluster import Cluster
 from nslora_dist.plan.memory import Batch, Parts
-from nslora_dist.plan.phase import Phase, overlapped_seconds, wire_seconds
+from nslora_dist.plan.phase import Phase, on_node, overlapped_seconds, weight_seconds, wire_seconds
 from nslora_dist.plan.shapes import Shapes
 from nslora_dist.recipe import Recipe
 
@@ -44,8 +44,7 @@ def train_memory(recipe: Recipe, shapes: Shapes, cluster: Cluster, knobs: zero3.
     gpu["kept activations"] = sum(kept.values())
     gpu |= memory.transient(shapes, batch, attention=attention, checkpointing=checkpointing)
     gpu |= memory.gathered(shapes, world, engine, knobs, checkpointing=checkpointing)
-    host = {name: size * cluster.ranks_per_node for name, size in host.items()}
-    host["processes"] = cluster.interpreter * cluster.ranks_per_node
+    host = on_node(host, cluster)
     return gpu, host
 
 
@@ -66,12 +65,7 @@ def training(recipe: Recipe, shapes: Shapes, cluster: Cluster, knobs: zero3.Knob
     flops = accumulation * train_flops(shapes, batch, checkpointing=train.activation_checkpointing)
     compute = flops / (cluster.flops * cluster.efficiency)
     passes = 3 if train.activation_checkpointing else 2
-    if shapes.quantized:  # half a byte read and the dense weight written, once a pass
-        dense = shapes.layers * shapes.block_products * (0.5 + shapes.compute)
-        compute += accumulation * passes * dense / cluster.memory_bandwidth
-    if engine == "zero3" and knobs.offload_param:
-        mine = sum(p.bytes for p in shapes.params) / world
-        compute += accumulation * passes * mine / cluster.host_bandwidth
+    compute += accumulation * passes * weight_seconds(shapes, cluster, knobs, engine)
     seconds = overlapped_seconds(compute, wire_seconds(wire, cluster), cluster)
     note = f"one step: {accumulation} micro-batches of {batch.rows} x {batch.length} tokens a rank"
     kept = memory.checkpoint_bytes(shapes)

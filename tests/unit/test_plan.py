@@ -17,11 +17,10 @@ from nslora_dist.errors import UserError
 from nslora_dist.frozen import FrozenLinear
 from nslora_dist.plan import memory, traffic, zero3
 from nslora_dist.plan.advice import advise, changed, largest_micro_batch, remedies
-from nslora_dist.plan.calibrating import largest_ownership, owned_groups
+from nslora_dist.plan.calibrating import largest_ownership, owned_groups, sequences
 from nslora_dist.plan.check import check
 from nslora_dist.plan.cluster import Cluster, quantity
 from nslora_dist.plan.main import main
-from nslora_dist.plan.measuring import sequences as sequences_of_texts
 from nslora_dist.plan.phase import wire_seconds
 from nslora_dist.plan.phases import make_plan
 from nslora_dist.plan.shapes import Shapes, shapes_of
@@ -351,9 +350,9 @@ def test_what_is_measured_at_the_end_is_planned(large: tuple[Recipe, Shapes]) ->
     recipe, shapes = large
     plan = make_plan(recipe, shapes, GPU)
     section, measured = recipe.calibration, plan.phase("measure")
-    sequences = sum(sequences_of_texts(recipe))
-    assert sequences == 224 + 256  # one source, an eighth held out, and one probe
-    tokens = sequences // 8 * section.sequence_length
+    count = sum(sequences(recipe, heldout=False))
+    assert count == 224 + 256  # one source, an eighth held out, and one probe
+    tokens = count // 8 * section.sequence_length
     products = 80 * shapes.block_products + shapes.vocabulary * shapes.hidden
     assert measured.flops == pytest.approx(2 * 2 * tokens * products, rel=0.05)  # attention and adapters come on top
     dial = {"method": "lora", "freeze_a": True, "interference_budget": 0.1}
