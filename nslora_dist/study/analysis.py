@@ -21,6 +21,8 @@ from nslora_dist.study.statistics import (
 SHARES = (0.95, 0.99)
 KEEPS = 0.95
 DECAY = "weight_decay"
+COSTS = ("seconds", "processor_seconds")
+"""Of a cell on the device that its size names: those that ``--device`` sent elsewhere cost something else."""
 
 
 def analyse(lines: Sequence[Line], study: Study) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def analyse(lines: Sequence[Line], study: Study) -> dict[str, Any]:
                         | {"fresh": on_fresh_seeds(all_of[name], here, target=SHARES[0] * best)}
                         for name, here in of_arm.items()
                     },
-                    "variants": {name: _variant(here, best=best) for name, here in sorted(variants.items())},
+                    "variants": {name: _variant(here, study, best=best) for name, here in sorted(variants.items())},
                 }
             )
     return {
@@ -119,7 +121,7 @@ def sweeps(lines: Sequence[Line], study: Study, learned: Mapping[tuple[str, str]
         best = max(learned.get((size, task), 0.0), _best_adaptation(map(over_same_seeds, variants.values())))
         found.append(
             {"grid": name, "size": size, "task": task, "best_adaptation": best}
-            | {"variants": {name: _variant(of, best=best) for name, of in variants.items()}}
+            | {"variants": {name: _variant(of, study, best=best) for name, of in variants.items()}}
         )
     return found
 
@@ -226,16 +228,17 @@ def _area(mean: Array, start: float) -> float:
     return area_under_frontier([start, *mean[0]], [1.0, *mean[1]])  # not to train at all is a setting, too
 
 
-def _variant(lines: Sequence[Line], *, best: float) -> dict[str, Any]:
+def _variant(lines: Sequence[Line], study: Study, *, best: float) -> dict[str, Any]:
     lines = over_same_seeds(lines)
+    on_cpu = study.sizes[lines[0]["size"]].device == "cpu"
+    timed = [line for line in lines if (line["device"] == "cpu") == on_cpu]
     rates = sorted({float(line["learning_rate"]) for line in lines})
     band, ends = safe_band(rates, *_by_seed(lines).mean(0), learns=SHARES[0] * best, keeps=KEEPS)
     return _arm(lines, best=best) | {
         "arm": lines[0]["arm"],
         "weight_decay": float(lines[0]["weight_decay"]),
         "points": points(lines),
-        "seconds": float(np.mean([line["seconds"] for line in lines])),
-        "processor_seconds": float(np.mean([line["processor_seconds"] for line in lines])),
+        **{key: float(np.mean([line[key] for line in timed])) if timed else None for key in COSTS},
         "best_adaptation": _best_adaptation([lines]),
         "band": band,
         "band_ends": ends,

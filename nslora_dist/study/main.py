@@ -30,6 +30,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--output", type=Path, metavar="FOLDER", help="the study's folder; studies/<name>")
     made.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="cells at a time")
     made.add_argument("--threads", type=int, default=1, metavar="N", help="of PyTorch, in each process")
+    made.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="where cells of sizes that need no GPU run; lines say where, costs are taken of those on the CPU alone",
+    )
     made.add_argument("--minutes", type=float, metavar="N", help="begin no further cell after so long")
     made.add_argument("--dry-run", action="store_true", help="list the missing cells and say how long they take")
     made.add_argument(
@@ -67,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         left_over = 0
         if not given.summary:
-            runnable, without = usable(study, chosen)
+            runnable, without = usable(study, chosen, device=given.device)
             if without:
                 _say(f"left out, for they want a CUDA GPU: {', '.join(without)}")
             left_over = run_cells(
@@ -75,6 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
                 runnable,
                 processes=given.processes,
                 threads=given.threads,
+                device=given.device,
                 version=version(),
                 minutes=given.minutes,
                 say=_say,

@@ -52,6 +52,7 @@ def run_cells(
     *,
     processes: int,
     threads: int,
+    device: str,
     version: str,
     minutes: float | None,
     say: Callable[[str], None],
@@ -63,6 +64,7 @@ def run_cells(
         cells: of it.
         processes: how many work at once.
         threads: of PyTorch, in each.
+        device: of the cells of sizes that need no GPU.
         version: of this code, for the lines.
         minutes: after which no further cell is begun; None for no end.
         say: takes each line of progress.
@@ -86,7 +88,7 @@ def run_cells(
         numbers = iter(range(10**9))
 
         def start(end: Connection) -> Any:
-            settings = {"threads": threads, "number": next(numbers), "version": version}
+            settings = {"threads": threads, "device": device, "number": next(numbers), "version": version}
             return context.Process(target=work, args=(end, study), kwargs=settings, daemon=True)
 
         deadline = None if minutes is None else time.monotonic() + 60 * minutes
@@ -194,8 +196,14 @@ def _named(cell: Cell) -> str:
     return f"{what} lr {cell.learning_rate:g} wd {cell.weight_decay:g} seed {cell.seed}"
 
 
-def usable(study: Study, cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
-    """The cells that this machine can run, and the sizes that it cannot: those that want a GPU."""
+def usable(study: Study, cells: Sequence[Cell], *, device: str) -> tuple[list[Cell], list[str]]:
+    """The cells that this machine can run, and the sizes that it cannot: those that want a GPU.
+
+    Raises:
+        UserError: ``device``, where the other sizes are to run, is a GPU and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA GPU here; leave it out to run on the CPU")
     without = [] if torch.cuda.is_available() else [n for n, size in study.sizes.items() if size.device == "cuda"]
     return [cell for cell in cells if cell.size not in without], [n for n in without if any(c.size == n for c in cells)]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from nslora_dist import artifacts
 from nslora_dist.card import markdown_table
-from nslora_dist.study.analysis import KEEPS, SHARES, analyse, of_first_calibration, plot_of, whole_arms
+from nslora_dist.study.analysis import COSTS, KEEPS, SHARES, analyse, of_first_calibration, plot_of, whole_arms
 from nslora_dist.study.lines import round_floats
 from nslora_dist.study.plots import draw_study
 from nslora_dist.study.prediction import ALLOWED, LOST, predict
@@ -181,8 +181,7 @@ def _variants_table(variants: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
             *_scores(own),
             f"{'' if own['band_ends'] else '≥ '}{own['band']:.2f}",
             *_chosen(own["chosen"], with_decay=False),
-            f"{own['seconds']:.1f}",
-            f"{own['processor_seconds']:.1f}",
+            *(NONE if own[key] is None else f"{own[key]:.1f}" for key in COSTS),
         ]
         for name, own in variants
     ]

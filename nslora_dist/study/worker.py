@@ -40,13 +40,14 @@ class Told:
     message: str = ""
 
 
-def work(conversation: Connection, study: Study, *, threads: int, number: int, version: str) -> None:
+def work(conversation: Connection, study: Study, *, threads: int, device: str, number: int, version: str) -> None:
     """The worker's main function.
 
     Args:
         conversation: with the process that started it; jobs come in, answers go out.
         study: whose cells it runs.
         threads: of PyTorch.
+        device: of the cells of sizes that need no GPU.
         number: of this worker, for its log file.
         version: of this code.
     """
@@ -70,7 +71,7 @@ def work(conversation: Connection, study: Study, *, threads: int, number: int, v
         except EOFError:
             return
         try:
-            told = _do(job, study, folder, benches, version=version)
+            told = _do(job, study, folder, benches, device=device, version=version)
         except Exception as error:
             print(f"cell {job}:", file=sys.stderr)  # noqa: T201 (its own log)
             sys.excepthook(type(error), error, error.__traceback__)
@@ -81,19 +82,19 @@ def work(conversation: Connection, study: Study, *, threads: int, number: int, v
         conversation.send(told)
 
 
-def _do(job: Job, study: Study, folder: Path, benches: dict[str, Any], *, version: str) -> Told:
+def _do(job: Job, study: Study, folder: Path, benches: dict[str, Any], *, device: str, version: str) -> Told:
     import torch
 
     from nslora_dist.study.bases import make_base
     from nslora_dist.study.bench import Bench
     from nslora_dist.study.cell import run_cell
 
-    device = torch.device(study.sizes[job.size].device)
-    if job.cell is None:
-        return Told(job, line=make_base(study, job.size, device=device))
+    own = study.sizes[job.size].device
+    if job.cell is None:  # where its size says: another processor rounds otherwise, and it would be another base
+        return Told(job, line=make_base(study, job.size, device=torch.device(own)))
     if job.size not in benches:
         benches.clear()  # cells come size by size: the last base's null spaces are not needed again
-        bench = Bench(study, job.size, device=device)
+        bench = Bench(study, job.size, device=torch.device(device if own == "cpu" else own))
         check_base(bench.base_hash, study, job.size)
         benches[job.size] = bench
     line = run_cell(benches[job.size], job.cell, version=version)

@@ -115,6 +115,14 @@ def test_a_line_has_what_was_measured(done: Path) -> None:
     assert ours < plain
 
 
+def test_a_gpu_that_is_not_there(
+    done: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    status, said = here(capsys, done, "--device", "cuda")
+    assert status == 2 and "--device cuda: PyTorch sees no CUDA GPU here" in said
+
+
 def slow_ranks(values: list[float]) -> np.ndarray:
     return np.array([sum(w < v for w in values) + (sum(w == v for w in values) + 1) / 2 for v in values])
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from helpers.stages import as_bytes, quantised_layers, started
-from helpers.world import make_base, make_recipe, make_texts, write_rows, zero_config
+from helpers.world import make_base, make_recipe, make_texts, merge, write_rows, zero_config
 from nslora_dist import dist
 from nslora_dist.adapter import adapted_linears
 from nslora_dist.effects import divergence, interference, summarise
 from nslora_dist.errors import UserError
+from nslora_dist.pipeline import Run
 
 ENGINES = {"single": 1, "zero3": 2, "fsdp2": 2}
 IDS = torch.randint(3, 63, (2, 12), generator=torch.Generator().manual_seed(5))
@@ -285,3 +286,24 @@ def cuda_losses(engine: str, world: Path, names: Sequence[str]) -> dict[str, lis
         with started(recipe, null_space=space, device=device) as stage:
             losses[name] = stage.train().losses
     return losses
+
+
+CUDA_RUNS: dict[str, dict[str, Any]] = {
+    "budget": {
+        "adapter": {"method": "lora", "freeze_a": True, "interference_budget": 0.01, "budget_over": "total"},
+        "train": {"max_grad_norm": 1.0},
+    },
+    "delta_nf4": {"base_model": BF16 | NF4},
+    "null_lora_bf16": {"base_model": BF16, "adapter": NULL_LORA},
+    "v1_bf16": {"base_model": BF16, "adapter": V1},
+}
+
+
+def cuda_reports(engine: str, world: Path) -> dict[str, dict[str, Any]]:
+    """The whole way of ``CUDA_RUNS`` on this rank's GPU, from calibration to adapter and report."""
+    reports = {}
+    for name, changes in CUDA_RUNS.items():
+        settings = merge({"train": {"max_steps": 6}, "engine": _settings(engine, world, Case())}, changes)
+        recipe = make_recipe(world, world / "llama", world / f"cuda_run_{engine}" / name, **settings)
+        reports[name] = Run(recipe, torch.device("cuda", dist.rank())).train()
+    return reports

@@ -46,7 +46,7 @@ def test_the_frontier_has_what_a_comparison_must_show() -> None:
         assert len(arm.learning_rates) >= 5 and set(arm.weight_decays) >= {0.0, 0.3}
         assert arm.matched == ("neither" if name == "null_lora" else "parameters")
     own = [cell for cell in cells_of(study) if "frontier" in cell.grids]
-    for kind, count in (("arm", 9), ("seed", 3), ("task", 3), ("size", 2)):
+    for kind, count in (("arm", 9), ("seed", 3), ("task", 3), ("size", 3)):
         assert len({getattr(cell, kind) for cell in own}) == count
 
 

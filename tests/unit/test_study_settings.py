@@ -64,7 +64,7 @@ def cell_line(cell: Cell, adaptation: float, retention: float) -> dict[str, Any]
         | {"method": "lora", "matched": "parameters", "rank": 16, "trained_parameters": 1, "diverged": None}
         | {"adaptation": adaptation, "retention": retention, "retention_by": {"sum": 1.0}}
         | {"base": {"adaptation": 0.0, "retention": 1.0, "retention_by": {"sum": 1.0}}}
-        | {"interference": {"calibration": {"rms": 0.1}}, "seconds": 1.0, "processor_seconds": 1.0}
+        | {"interference": {"calibration": {"rms": 0.1}}, "device": "cpu", "seconds": 1.0, "processor_seconds": 1.0}
     )
 
 
