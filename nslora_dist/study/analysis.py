@@ -152,6 +152,9 @@ def _along(
 
 def _curve(lines: Sequence[Line], along: str) -> dict[str, Any]:
     of_value = grouped(lines, lambda line: value_along(line, along))
+    if along == "budget":  # whether it is monotone is asked of one and the same seeds
+        seeds = set.intersection(*({line["seed"] for line in own} for own in of_value.values()))
+        of_value = {value: [x for x in own if not seeds or x["seed"] in seeds] for value, own in of_value.items()}
     inner = [
         {"value": value} | point
         for value in sorted(of_value, key=lambda value: (isinstance(value, str), value))
@@ -231,7 +234,7 @@ def _area(mean: Array, start: float) -> float:
 def _variant(lines: Sequence[Line], study: Study, *, best: float) -> dict[str, Any]:
     lines = over_same_seeds(lines)
     on_cpu = study.sizes[lines[0]["size"]].device == "cpu"
-    timed = [line for line in lines if (line["device"] == "cpu") == on_cpu]
+    timed = [line for line in lines if (line.get("device", "cpu") == "cpu") == on_cpu]  # the first lines do not say it
     rates = sorted({float(line["learning_rate"]) for line in lines})
     band, ends = safe_band(rates, *_by_seed(lines).mean(0), learns=SHARES[0] * best, keeps=KEEPS)
     return _arm(lines, best=best) | {

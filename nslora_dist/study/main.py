@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nslora_dist import __version__, artifacts
 from nslora_dist.errors import UserError
@@ -40,6 +41,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dry-run", action="store_true", help="list the missing cells and say how long they take")
     made.add_argument(
         "--page", type=Path, metavar="TEMPLATE", help="fill this Markdown template with the summary's figures"
+    )
+    made.add_argument(
+        "--section",
+        nargs=2,
+        type=Path,
+        metavar=("DOCUMENT", "TEMPLATE"),
+        help="fill this template, too, between <!-- TEMPLATE --> and <!-- /TEMPLATE --> in a document",
     )
     made.add_argument("--summary", action="store_true", help="only write the summary of the cells that are there")
     made.add_argument(
@@ -86,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
                 minutes=given.minutes,
                 say=_say,
             )
-        _summary(study, everything, may_be_none=left_over > 0, page=given.page)
+        _summary(study, everything, may_be_none=left_over > 0, page=given.page, section=given.section)
         if left_over:
             _say(f"time is over: {left_over} cells are left; the same command continues")
     except Exception as error:
@@ -96,7 +104,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _summary(study: Study, cells: Sequence[Cell], *, may_be_none: bool, page: Path | None) -> None:
+def _summary(
+    study: Study, cells: Sequence[Cell], *, may_be_none: bool, page: Path | None, section: Sequence[Path] | None
+) -> None:
     from nslora_dist.study.summary import summarise
 
     folder = Path(study.output_dir)
@@ -110,11 +120,17 @@ def _summary(study: Study, cells: Sequence[Cell], *, may_be_none: bool, page: Pa
         raise UserError(f"{folder / FILE}: has no cell of this study yet")
     path = summarise(folder, own, study, missing=len(cells) - len(own))
     _say(f"{len(own)} of {len(cells)} cells are summed up in {path}")
-    if page is not None:
-        from nslora_dist.study.page import write_page
+    if page is None and section is None:
+        return
+    from nslora_dist.study.page import write_page, write_section
 
-        found, text = artifacts.read_json(folder / "summary.json"), path.read_text(encoding="utf-8")
-        _say(f"page: {write_page(page, found=found, summary=text, lines=own, planned=len(cells))}")
+    figures: dict[str, Any] = {"found": artifacts.read_json(folder / "summary.json"), "lines": own}
+    figures |= {"summary": path.read_text(encoding="utf-8"), "planned": len(cells)}
+    if page is not None:
+        _say(f"page: {write_page(page, **figures)}")
+    if section is not None:
+        write_section(*section, **figures)
+        _say(f"section: {section[0]}")
 
 
 def _filtered(cells: Sequence[Cell], given: argparse.Namespace) -> list[Cell]:

@@ -1,4 +1,4 @@
-"""A page about a study, from a template: prose whose figures are looked up in the summary and never typed.
+"""A page about a study, or a section of one, from a template: prose whose figures are looked up and never typed.
 
 A template is Jinja's, in Markdown. ``{{ kept('1m', 'minimum', 'lora') | n }}`` becomes .270; ``Figures`` below says
 what may be asked for. Lines are filled anew, so that a figure's length does not matter.
@@ -41,6 +41,34 @@ def write_page(template: Path, *, found: Mapping[str, Any], summary: str, lines:
     page = template.with_suffix("")
     artifacts.write_text(page, text_of_page(template, found=found, summary=summary, lines=lines, planned=planned))
     return page
+
+
+def write_section(
+    document: Path, template: Path, *, found: Mapping[str, Any], summary: str, lines: Sequence[Line], planned: int
+) -> None:
+    """Fills a template into a document, between ``<!-- NAME -->`` and ``<!-- /NAME -->``, its name.
+
+    The rest is as for ``write_page``.
+
+    Raises:
+        UserError: as there; or the document does not have the two marks, once each and in this order.
+    """
+    if not (template.is_file() and document.is_file()):
+        missing = next(path for path in (template, document) if not path.is_file())
+        raise UserError(f"--section {document} {template}: there is no {missing}")
+    before, inner, after = section_of(document.read_text(encoding="utf-8"), document, template.name)
+    text = text_of_page(template, found=found, summary=summary, lines=lines, planned=planned)
+    if text.strip() != inner.strip():
+        artifacts.write_text(document, f"{before}\n{text}{after}")
+
+
+def section_of(text: str, document: Path, name: str) -> tuple[str, str, str]:
+    """A document's text up to the mark of a section and with it, the section, and the rest from its end mark on."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(end) < text.index(start):
+        raise UserError(f"{document}: a section needs a line '{start}' and, behind it, a line '{end}'")
+    at, to = text.index(start) + len(start), text.index(end)
+    return text[:at], text[at:to], text[to:]
 
 
 def text_of_page(template: Path, *, found: Mapping[str, Any], summary: str, lines: Sequence[Line], planned: int) -> str:
@@ -152,6 +180,14 @@ class Figures:
         rated = (p for p in of_curve if p["value"] == value and np.isclose(p["learning_rate"], rate))
         return float(_only(rated, (grid, size, task, value, rate))[score])
 
+    def scores(self, grid: str, value: Any, score: str, *sizes: str) -> list[float]:
+        """One score of a grid's curves at a value: every size, or these, task and learning rate that was run."""
+        own = [c for c in self.found["curves"] if c["grid"] == grid and (not sizes or c["size"] in sizes)]
+        found = [float(p[score]) for curve in own for p in curve["points"] if p["value"] == value]
+        if not found:
+            raise LookupError(f"the summary has no {grid} at {value}")
+        return found
+
     def cells(self, **where: Any) -> list[Line]:
         """Lines by their settings: a value, or a list of values, a key."""
         chosen = [line for line in self.lines if all(_is(line[key], value) for key, value in where.items())]
@@ -214,12 +250,17 @@ def _is(value: Any, wanted: Any) -> bool:
 def _score(line: Line, score: str) -> float:
     """A cell's ``adaptation``, relative ``retention``, ``rms`` or ``kl`` on its texts, or what is left of a piece.
 
+    ``probe`` and ``probe_kl`` are the same as ``rms`` and ``kl``, of the probe where it is largest.
+
     ``facts`` is the mean of the pieces that are facts.
     """
     if score == "retention":
         return relative_retention(line)
     if score in ("rms", "kl"):
         return float(line["interference"]["calibration"][score])
+    if score in ("probe", "probe_kl"):
+        by_probe = line["interference"]["probes"].values()
+        return max(float(values["rms" if score == "probe" else "kl"]) for values in by_probe)
     by_piece = line["retention_by"]
     if score == "facts":
         return float(np.mean([value for piece, value in by_piece.items() if piece.startswith("facts")]))

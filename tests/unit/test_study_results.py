@@ -12,7 +12,7 @@ from nslora_dist.errors import UserError
 from nslora_dist.study.analysis import analyse, whole_arms
 from nslora_dist.study.cells import cells_of
 from nslora_dist.study.lines import of_cells, read_lines, round_floats
-from nslora_dist.study.page import filled, text_of_page, write_page
+from nslora_dist.study.page import filled, section_of, text_of_page, write_page, write_section
 from nslora_dist.study.prediction import predict
 from nslora_dist.study.settings import Line
 from nslora_dist.study.spec import load_study
@@ -21,6 +21,7 @@ from nslora_dist.study.summary import text_of
 FOLDER = ROOT / "docs" / "study"
 STUDY = load_study("frontier")
 PAGE = ROOT / "docs" / "study.md.j2"
+HEADLINE = ROOT / "docs" / "headline.md.j2"
 
 
 @pytest.fixture(scope="module")
@@ -115,13 +116,26 @@ def test_the_page_is_its_template_filled_with_the_figures(lines: list[Line], sum
     assert text == (ROOT / "docs" / "study.md").read_text()
 
 
-def test_the_readme_has_no_figure_that_the_page_has_not() -> None:
+def test_the_readmes_section_is_its_template_filled(lines: list[Line], summary: dict[str, Any], tmp_path: Path) -> None:
+    figures: dict[str, Any] = {"found": summary, "summary": (FOLDER / "summary.md").read_text(), "lines": lines}
+    figures["planned"] = len(cells_of(STUDY))
     readme = (ROOT / "README.md").read_text()
-    section = readme[readme.index("*Area* is under the frontier") : readme.index("## Merging adapters")]
-    wanted = re.findall(r"(?<![\d.])\.\d\d+|\d+%", section)
-    page = (ROOT / "docs" / "study.md").read_text()
-    assert len(wanted) > 15
-    assert [figure for figure in wanted if not re.search(rf"(?<!\d){re.escape(figure)}(?!\d)", page)] == []
+    document = tmp_path / "README.md"
+    before, inner, after = section_of(readme, document, HEADLINE.name)
+    assert inner.count("\n- **") >= 4
+    document.write_text(before + "\nan old text\n" + after)
+    write_section(document, HEADLINE, **figures)
+    assert document.read_text() == readme
+    changed = document.stat().st_mtime_ns
+    write_section(document, HEADLINE, **figures)
+    assert document.stat().st_mtime_ns == changed, "nothing to say leaves the file alone"
+    for text in (before, after, after + before, readme + readme):
+        document.write_text(text)
+        with pytest.raises(UserError, match="a section needs a line '<!-- headline"):
+            write_section(document, HEADLINE, **figures)
+        assert document.read_text() == text
+    with pytest.raises(UserError, match=r"there is no .*nowhere\.md"):
+        write_section(tmp_path / "nowhere.md", HEADLINE, **figures)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +146,7 @@ def test_the_readme_has_no_figure_that_the_page_has_not() -> None:
         ("page.md.j2", "{{ kept('9m', 'minimum', 'lora') | n }}", "nothing of ('9m', 'minimum', 'all')"),
         ("page.md.j2", "{{ loss('1m') }}", "'loss' is undefined"),
         ("page.md.j2", "{{ mean('retention', size='9m') | n }}", "no cell has {'size': '9m'}"),
+        ("page.md.j2", "{{ scores('dial', 0.5, 'retention') | max }}", "the summary has no dial at 0.5"),
         ("page.md.j2", "{{ kept('1m' }}", "TemplateSyntaxError"),
     ],
 )

@@ -149,3 +149,35 @@ def test_what_is_left_to_confirm() -> None:
     assert to_confirm(cells, analyse(lines[1:], study)["settings"]) == [], (
         "an arm that was not run whole has not chosen"
     )
+
+
+def test_costs_are_those_of_the_device_that_a_size_names() -> None:
+    study = load_study("frontier")
+    settings = {"size": "1m", "task": "minimum", "calibration": "all", "arm": "delta", "weight_decay": 0.0}
+    cells = [cell for cell in cells_of(study) if {key: getattr(cell, key) for key in settings} == settings]
+    lines = [cell_line(cell, 0.9, 1.0) for cell in cells if "frontier" in cell.grids]
+    assert {line["seed"] for line in lines} == {0, 1, 2}
+    for line in lines:
+        if line["seed"]:
+            line |= {"device": "a GPU", "seconds": 100.0, "processor_seconds": 100.0}
+    (own,) = analyse(lines, study)["settings"][0]["variants"].values()
+    assert (own["seeds"], own["seconds"], own["processor_seconds"]) == (3, 1.0, 1.0)
+    elsewhere = [line | {"device": "a GPU"} for line in lines]
+    (own,) = analyse(elsewhere, study)["settings"][0]["variants"].values()
+    assert own["seconds"] is None and own["area"]["value"] > 0
+
+
+def test_a_dial_is_judged_on_the_same_seeds_at_every_budget() -> None:
+    study = load_study("frontier")
+    cells = [c for c in cells_of(study) if (c.size, c.task) == ("1m", "minimum") and "dial_frozen_a" in c.grids]
+    lines = []
+    for cell in cells:
+        if cell.arm == "lora_frozen_a" or (cell.arm == "frozen_a_budget_200" and cell.seed == 0):
+            budget = study.arms[cell.arm].section.interference_budget
+            # The seeds without a budget's cells would make it look as if more budget kept more.
+            lines.append(
+                cell_line(cell, 0.9, 0.99 if cell.seed else 0.5 if budget is None else 0.6) | {"budget": budget}
+            )
+    (curve,) = analyse(lines, study)["curves"]
+    assert curve["monotone"] == {"retention": 0.0, "adaptation": 0.0}
+    assert {point["seeds"] for point in curve["points"]} == {1}
