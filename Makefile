@@ -19,6 +19,8 @@ endif
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(VENV)/bin/python -m pip install -qq --progress-bar off
 # One thread a process: two ranks on two cores would otherwise fight for them.
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+# Most tests start one to four ranks of their own.
+TEST_PROCESSES ?= 2
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .PHONY: help demo test faults setup format clean
@@ -37,7 +39,8 @@ demo: $(READY)
 test: $(READY)
 	@echo "== lint"; $(RUN) ruff check .; $(RUN) ruff format --check .
 	@echo "== types"; $(RUN) mypy
-	@echo "== tests"; $(RUN) $(OFFLINE) DS_ACCELERATOR=cpu python -m pytest --durations=25
+	@echo "== tests"; $(RUN) $(OFFLINE) DS_ACCELERATOR=cpu python -m pytest -n $(TEST_PROCESSES) --dist loadgroup \
+		--no-loadscope-reorder --durations=25
 
 # Short selections of these are part of the tests; the figures go to build/faults.json.
 faults: $(READY)

@@ -54,11 +54,6 @@ def solve_flops(shapes: Shapes, group: Group, *, sources: int, method: str) -> f
     return work
 
 
-def attention_flops(shapes: Shapes, length: int) -> float:
-    """Causal scores and values of one token in one block, forward: 2 · s · heads · head_dim."""
-    return 2.0 * length * shapes.heads * shapes.head_dim
-
-
 def calibrating(recipe: Recipe, shapes: Shapes, cluster: Cluster) -> tuple[Phase, Phase]:
     """The streamed pass, and the solves behind it; all sources, held-out texts and probes at full length."""
     section, world = recipe.calibration, cluster.gpus
@@ -78,7 +73,7 @@ def calibrating(recipe: Recipe, shapes: Shapes, cluster: Cluster) -> tuple[Phase
     wire = traffic.calibration(shapes, texts, world)
     summed = ceil(samples * (1 - section.heldout_fraction) / world) * texts.sources * length
     grams = sum(g.width**2 + LEAF["cuda"] * g.width for g in shapes.groups)  # the lower block triangle (``add_gram``)
-    forward = 2.0 * shapes.block_products + attention_flops(shapes, length)
+    forward = 2.0 * shapes.block_products + shapes.attention_flops(length)
     flops = shapes.layers * (per_rank * forward + summed * grams)
     sources = texts.sources
     costs = [solve_flops(shapes, g, sources=sources, method=section.solver.method) for g in shapes.groups]

@@ -4,7 +4,7 @@ from math import ceil
 
 from nslora_dist.linear import HEAD_CHUNK_BYTES
 from nslora_dist.plan import memory, traffic, zero3
-from nslora_dist.plan.calibrating import attention_flops, sequences
+from nslora_dist.plan.calibrating import sequences
 from nslora_dist.plan.cluster import Cluster
 from nslora_dist.plan.memory import Batch, Parts
 from nslora_dist.plan.phase import Phase, on_node, overlapped_seconds, weight_seconds, wire_seconds
@@ -35,7 +35,7 @@ def measuring(recipe: Recipe, shapes: Shapes, cluster: Cluster, knobs: zero3.Kno
 
     rank = shapes.adapter.rank
     adapters = sum(2.0 * rank * (m.d_in + m.d_out) for m in shapes.linears if m.adapted)
-    forward = 2.0 * shapes.block_products + adapters + attention_flops(shapes, length)
+    forward = 2.0 * shapes.block_products + adapters + shapes.attention_flops(length)
     heads = 2 * 2.0 * shapes.vocabulary * shapes.hidden  # the logits of both, in the second pass
     flops = tokens * (passes * shapes.layers * forward + heads)
     compute = flops / (cluster.flops * cluster.efficiency)

@@ -160,6 +160,10 @@ class Shapes:
         """Multiply-adds of one token through a block's frozen linears."""
         return sum(linear.d_in * linear.d_out for linear in self.linears)
 
+    def attention_flops(self, length: int) -> float:
+        """Causal scores and values of one token in one block, forward: 2 · s · heads · head_dim."""
+        return 2.0 * length * self.heads * self.head_dim
+
     @property
     def quant_state(self) -> int:
         """Bytes a block's 4-bit scales take on *every* rank, for they are no parameters (``FrozenLinear.quant_state``).

@@ -1,7 +1,6 @@
 """An optimizer step on paper."""
 
 from nslora_dist.plan import memory, traffic, zero3
-from nslora_dist.plan.calibrating import attention_flops
 from nslora_dist.plan.cluster import Cluster
 from nslora_dist.plan.memory import Batch, Parts
 from nslora_dist.plan.phase import Phase, on_node, overlapped_seconds, weight_seconds, wire_seconds
@@ -27,7 +26,7 @@ def train_flops(shapes: Shapes, batch: Batch, *, checkpointing: bool) -> float:
     adapters = sum(2.0 * rank * (m.d_in + m.d_out) for m in shapes.linears if m.adapted)
     of_b = sum(2.0 * rank * m.d_out for m in shapes.linears if m.adapted)
     of_a = sum(2.0 * rank * m.d_in for m in shapes.linears if m.adapted) * shapes.adapter.a_trains
-    attention = attention_flops(shapes, batch.length)
+    attention = shapes.attention_flops(batch.length)
     times = 3 if checkpointing else 2
     block = times * (linear + adapters) + of_b + of_a + attention * (times - 1 + 2.5)
     head = 4.0 * shapes.vocabulary * shapes.hidden * batch.supervised
