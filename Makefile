@@ -39,7 +39,7 @@ demo: $(READY)
 test: $(READY)
 	@echo "== lint"; $(RUN) ruff check .; $(RUN) ruff format --check .
 	@echo "== types"; $(RUN) mypy
-	@echo "== tests"; $(RUN) $(OFFLINE) DS_ACCELERATOR=cpu python -m pytest -n $(TEST_PROCESSES) --dist loadgroup \
+	@echo "== tests"; $(RUN) $(OFFLINE) DS_ACCELERATOR=cpu python -m pytest -n $(TEST_PROCESSES) \
 		--no-loadscope-reorder --durations=25
 
 # Short selections of these are part of the tests; the figures go to build/faults.json.

@@ -161,9 +161,15 @@ class Checkpoints:
         if self._writing is not None and dist.everywhere(self._writing.part.done()):
             self._complete(self._writing)
 
-    def abandon(self) -> None:
-        """Drops a checkpoint on its way, for the step after it was not finite; the next good step makes up for it."""
+    def abandon(self, step: int) -> None:
+        """Drops the checkpoint of ``step``, for what came after it was not finite; the next good step makes up for it.
+
+        One of an earlier step that is still on its way is good, for a finite step has followed it: it is completed.
+        """
         if self._writing is None:
+            return
+        if self._writing.step < step:
+            self._complete(self._writing)
             return
         target = self.folder / f"step-{self._writing.step}"
         self._writing.part.exception()  # waits

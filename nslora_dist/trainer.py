@@ -213,7 +213,7 @@ def _leave(engine: Engine, result: Trained, checkpoints: Checkpoints | None, *, 
 def _skipped(result: Trained, where: str, *, section: TrainSection, checkpoints: Checkpoints | None) -> None:
     """Says that a step was skipped, and ends the run where too many were, at the last checkpoint before them."""
     if checkpoints is not None:
-        checkpoints.abandon()  # the state after which nothing was finite is not known to be good
+        checkpoints.abandon(result.skipped[-1])  # the state after which nothing was finite is not known to be good
     step, count, loss = result.skipped[-1] + 1, result.skipped_in_a_row, result.losses[-1]
     what = f"loss is not finite (first at {where})" if loss is None else f"gradient is not finite (loss {loss:.4g})"
     if count < section.stop_after_skipped:

@@ -1,11 +1,23 @@
-"""Which tests one process runs after another where several share the work (``pytest -n 2 --dist loadgroup``)."""
+"""How two processes share the tests (``pytest -n 2``): by files, which stay whole as their fixtures do."""
+
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+ONE_RUN = frozenset(
+    f"tests/parity/test_{name}.py" for name in ("engines_agree", "export_peft", "interference", "null_lora_trained")
+)
+"""Files with the fixture ``found`` of ``tests/parity``, one long run of every engine, which two would run twice."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before the plugin reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files stay whole; those that look at the one long run of every engine stay together, or it would run twice."""
-    for item in items:
-        shared = "found" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("found" if shared else item.nodeid.split("::")[0]))
+class _ByFile(LoadScopeScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return "one run" if file in ONE_RUN else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Instead of xdist's own way, marks of groups, which get lost with this pytest."""
+    return _ByFile(config, log)

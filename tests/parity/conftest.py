@@ -17,7 +17,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def found(world: Path) -> dict[str, dict[str, Any]]:
-    """engine → case → what it found, as rank 0 saw it; the ranks agreed on every loss."""
+    """engine → case → what it found, as rank 0 saw it; the ranks agreed on every loss.
+
+    Files that use it are named in ``tests/conftest.py``, so that one process runs them.
+    """
     results = {}
     for engine, ranks in parity_run.ENGINES.items():
         first, *others = run_ranks(parity_run.run_engine, ranks, engine, world, timeout=900)

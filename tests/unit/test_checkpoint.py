@@ -166,9 +166,25 @@ def test_a_dropped_one_leaves_nothing(tmp_path: Path) -> None:
     kept = checkpoints(tmp_path)
     kept.look()
     kept.start(State.drawn(4), 4, facts(4))  # type: ignore[arg-type]
-    kept.abandon()
+    kept.abandon(4)
     kept.finish()
     assert names(tmp_path) == ["step-2"] and kept.last == 2
+
+
+def test_one_that_a_good_step_has_followed_is_not_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow storage: step 4's is still on its way when the step after step 5 is not finite."""
+    kept, go = checkpoints(tmp_path), threading.Event()
+    write_part = checkpoint.write_part
+
+    def slow(path: Path, shards: Any) -> dict[str, Any]:
+        assert go.wait(30)
+        return write_part(path, shards)
+
+    monkeypatch.setattr(checkpoint, "write_part", slow)
+    kept.start(State.drawn(4), 4, facts(4))  # type: ignore[arg-type]
+    threading.Timer(0.2, go.set).start()
+    kept.abandon(5)
+    assert names(tmp_path) == ["step-4"] and kept.last == 4
 
 
 def test_a_failed_write_is_an_error_and_the_last_one_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
