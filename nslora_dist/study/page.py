@@ -118,11 +118,13 @@ class Figures:
         self, size: str, task: str, name: str, decay: float | None = None, *, calibration: str = "all"
     ) -> dict[str, Any]:
         """The figures of an arm, or of it with one weight decay, as in the summary."""
-        where = (size, task, calibration)
-        settings = self.found["settings"]
-        entry = _only((e for e in settings if (e["size"], e["task"], e["calibration"]) == where), where)
+        entry = self._entry((size, task, calibration))
         own: dict[str, Any] = entry["arms"][name] if decay is None else entry["variants"][f"{name}, wd {decay:g}"]
         return own
+
+    def _entry(self, where: tuple[str, str, str]) -> Any:
+        settings = self.found["settings"]
+        return _only((e for e in settings if (e["size"], e["task"], e["calibration"]) == where), where)
 
     def area(self, *where: Any) -> float | None:
         """Under the arm's frontier."""
@@ -131,6 +133,11 @@ class Figures:
     def kept(self, *where: Any, share: float = 0.95) -> float | None:
         """Retention at that share of the best adaptation."""
         return _value(self.arm(*where)["retention_at"][f"{share:g}"])
+
+    def learned_at_most(self, size: str, task: str, name: str, *, calibration: str = "all") -> float:
+        """The most that an arm learns at any of its settings, on average over its seeds."""
+        variants = self._entry((size, task, calibration))["variants"].values()
+        return max(float(own["best_adaptation"]) for own in variants if own["arm"] == name)
 
     def band(self, *where: Any) -> str:
         """Decades of learning rates that are safe."""
