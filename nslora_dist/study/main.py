@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from nslora_dist import __version__, artifacts
 from nslora_dist.errors import UserError
@@ -122,15 +121,15 @@ def _summary(
     _say(f"{len(own)} of {len(cells)} cells are summed up in {path}")
     if page is None and section is None:
         return
-    from nslora_dist.study.page import write_page, write_section
+    from nslora_dist.study.page import Figures, write_page, write_section
 
-    figures: dict[str, Any] = {"found": artifacts.read_json(folder / "summary.json"), "lines": own}
-    figures |= {"summary": path.read_text(encoding="utf-8"), "planned": len(cells)}
+    figures = Figures(artifacts.read_json(folder / "summary.json"), path.read_text(encoding="utf-8"), own, len(cells))
     if page is not None:
-        _say(f"page: {write_page(page, **figures)}")
+        _say(f"page: {write_page(page, figures)}")
     if section is not None:
-        write_section(*section, **figures)
-        _say(f"section: {section[0]}")
+        document, template = section
+        write_section(document, template, figures)
+        _say(f"section: {document}")
 
 
 def _filtered(cells: Sequence[Cell], given: argparse.Namespace) -> list[Cell]:

@@ -23,15 +23,12 @@ WIDTH = 130
 SUFFIX = ".j2"
 
 
-def write_page(template: Path, *, found: Mapping[str, Any], summary: str, lines: Sequence[Line], planned: int) -> Path:
+def write_page(template: Path, figures: "Figures") -> Path:
     """Fills a template; beside it lies the page, named without ``.j2``.
 
     Args:
         template: ends in ``.j2``.
-        found: ``summary.json``.
-        summary: ``summary.md``, whose tables may be quoted.
-        lines: of all cells.
-        planned: cells of the study.
+        figures: what it may ask for.
 
     Raises:
         UserError: the template's name, or something in it that the summary does not have.
@@ -39,13 +36,11 @@ def write_page(template: Path, *, found: Mapping[str, Any], summary: str, lines:
     if template.suffix != SUFFIX or not template.is_file():
         raise UserError(f"--page {template}: wanted is a template that exists, with a name that ends in {SUFFIX}")
     page = template.with_suffix("")
-    artifacts.write_text(page, text_of_page(template, found=found, summary=summary, lines=lines, planned=planned))
+    artifacts.write_text(page, text_of_page(template, figures))
     return page
 
 
-def write_section(
-    document: Path, template: Path, *, found: Mapping[str, Any], summary: str, lines: Sequence[Line], planned: int
-) -> None:
+def write_section(document: Path, template: Path, figures: "Figures") -> None:
     """Fills a template into a document, between ``<!-- NAME -->`` and ``<!-- /NAME -->``, its name.
 
     The rest is as for ``write_page``.
@@ -57,7 +52,7 @@ def write_section(
         missing = next(path for path in (template, document) if not path.is_file())
         raise UserError(f"--section {document} {template}: there is no {missing}")
     before, inner, after = section_of(document.read_text(encoding="utf-8"), document, template.name)
-    text = text_of_page(template, found=found, summary=summary, lines=lines, planned=planned)
+    text = text_of_page(template, figures)
     if text.strip() != inner.strip():
         artifacts.write_text(document, f"{before}\n{text}{after}")
 
@@ -71,7 +66,7 @@ def section_of(text: str, document: Path, name: str) -> tuple[str, str, str]:
     return text[:at], text[at:to], text[to:]
 
 
-def text_of_page(template: Path, *, found: Mapping[str, Any], summary: str, lines: Sequence[Line], planned: int) -> str:
+def text_of_page(template: Path, figures: "Figures") -> str:
     """The page as ``write_page`` writes it."""
     from jinja2 import Environment, StrictUndefined, TemplateError
 
@@ -79,7 +74,7 @@ def text_of_page(template: Path, *, found: Mapping[str, Any], summary: str, line
     environment.filters |= {"n": number, "n2": lambda value: number(value, 2), "percent": lambda value: f"{value:.0%}"}
     try:
         asked = environment.from_string(template.read_text(encoding="utf-8"))
-        text = asked.render(Figures(found, summary, lines, planned).names())
+        text = asked.render(figures.names())
     except (TemplateError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"--page {template}: {type(error).__name__}: {error}") from error
     return filled(text)
@@ -99,7 +94,7 @@ class Figures:
 
     Attributes:
         found: ``summary.json``.
-        summary: ``summary.md``.
+        summary: ``summary.md``, whose tables may be quoted.
         lines: of all cells.
         planned: number of cells of the study.
     """

@@ -12,7 +12,7 @@ from nslora_dist.errors import UserError
 from nslora_dist.study.analysis import analyse, whole_arms
 from nslora_dist.study.cells import cells_of
 from nslora_dist.study.lines import of_cells, read_lines, round_floats
-from nslora_dist.study.page import filled, section_of, text_of_page, write_page, write_section
+from nslora_dist.study.page import Figures, filled, section_of, text_of_page, write_page, write_section
 from nslora_dist.study.prediction import predict
 from nslora_dist.study.settings import Line
 from nslora_dist.study.spec import load_study
@@ -49,6 +49,10 @@ def leaves(value: Any, where: str = "") -> dict[str, Any]:
 def same(a: Any, b: Any) -> bool:
     """Texts exactly; numbers as far as two machines add alike."""
     return bool(a == (pytest.approx(b, rel=1e-4) if isinstance(b, float) else b))
+
+
+def figures_of(lines: list[Line], summary: dict[str, Any]) -> Figures:
+    return Figures(summary, (FOLDER / "summary.md").read_text(), lines, len(cells_of(STUDY)))
 
 
 def test_every_line_is_of_this_study_and_of_one_base(lines: list[Line]) -> None:
@@ -110,32 +114,29 @@ def test_documents_quote_the_summary(document: str) -> None:
 
 
 def test_the_page_is_its_template_filled_with_the_figures(lines: list[Line], summary: dict[str, Any]) -> None:
-    text = text_of_page(
-        PAGE, found=summary, summary=(FOLDER / "summary.md").read_text(), lines=lines, planned=len(cells_of(STUDY))
-    )
+    text = text_of_page(PAGE, figures_of(lines, summary))
     assert text == (ROOT / "docs" / "study.md").read_text()
 
 
 def test_the_readmes_section_is_its_template_filled(lines: list[Line], summary: dict[str, Any], tmp_path: Path) -> None:
-    figures: dict[str, Any] = {"found": summary, "summary": (FOLDER / "summary.md").read_text(), "lines": lines}
-    figures["planned"] = len(cells_of(STUDY))
+    figures = figures_of(lines, summary)
     readme = (ROOT / "README.md").read_text()
     document = tmp_path / "README.md"
     before, inner, after = section_of(readme, document, HEADLINE.name)
     assert inner.count("\n- **") >= 4
     document.write_text(before + "\nan old text\n" + after)
-    write_section(document, HEADLINE, **figures)
+    write_section(document, HEADLINE, figures)
     assert document.read_text() == readme
     changed = document.stat().st_mtime_ns
-    write_section(document, HEADLINE, **figures)
+    write_section(document, HEADLINE, figures)
     assert document.stat().st_mtime_ns == changed, "nothing to say leaves the file alone"
     for text in (before, after, after + before, readme + readme):
         document.write_text(text)
         with pytest.raises(UserError, match="a section needs a line '<!-- headline"):
-            write_section(document, HEADLINE, **figures)
+            write_section(document, HEADLINE, figures)
         assert document.read_text() == text
     with pytest.raises(UserError, match=r"there is no .*nowhere\.md"):
-        write_section(tmp_path / "nowhere.md", HEADLINE, **figures)
+        write_section(tmp_path / "nowhere.md", HEADLINE, figures)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_a_template_asks_for_nothing_that_is_not_there(
     template = tmp_path / name
     template.write_text(text)
     with pytest.raises(UserError, match=re.escape(said)):
-        write_page(template, found=summary, summary="", lines=lines, planned=1)
+        write_page(template, Figures(summary, "", lines, 1))
     assert list(tmp_path.iterdir()) == [template]
 
 
