@@ -6,6 +6,7 @@
 #
 # The hostfile lists the machines and their GPUs, as in launch/hostfile.example. Clone, environment, base and output_dir
 # lie under the same path on all of them. Variables that every machine needs go into ~/.deepspeed_env, NAME=value a line.
+# A path in an override counts from the clone, where the job runs.
 #
 # A job that failed, or was stopped, is continued by the same command; DeepSpeed's launcher does not restart one itself.
 # To stop it, send SIGTERM to its ranks or press Ctrl-C: SIGTERM to the deepspeed command alone, on one machine, ends that
@@ -18,5 +19,6 @@ shift 2
 [ -r "$hostfile" ] || { echo "error: hostfile $hostfile: cannot be read" >&2; exit 2; }
 hostfile=$(realpath "$hostfile")
 
+[ ! -f "$recipe" ] || recipe=$(realpath "$recipe")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec deepspeed --hostfile "$hostfile" launch/train.py --recipe "$recipe" "$@"

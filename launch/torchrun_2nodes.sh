@@ -5,7 +5,7 @@
 #     HEAD=10.0.0.1 NODE_RANK=1 launch/torchrun_2nodes.sh llama3_70b_math_qlora train.learning_rate=1e-4
 #
 # The clone, the base and output_dir lie under the same path on all of them (a shared file system), and the overrides
-# are the same too.
+# are the same too; a path in an override counts from the clone, where the job runs.
 #
 # Elastic: RESTARTS=3 starts all ranks again, up to three times, when one fails; they go on from the last checkpoint.
 # NODES=1:2 goes on with the machines that are left when one is lost, which takes one of the RESTARTS on each of those;
@@ -36,6 +36,7 @@ else
     meet=(--master-addr "$HEAD" --master-port "${PORT:-29500}" --node-rank "$NODE_RANK")
 fi
 
+[ ! -f "$recipe" ] || recipe=$(realpath "$recipe")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec torchrun \
     --nnodes "$nodes" \

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nslora_dist import dist
 from nslora_dist.adapter import AdaptedLinear, adapted_linears
-from nslora_dist.calibration.store import MIXTURE
+from nslora_dist.calibration.store import MIXTURE, NullSpace
 from nslora_dist.calibration_data import CalibrationTexts
 from nslora_dist.effects import measure_frozen_a
 from nslora_dist.engines import Engine
@@ -84,12 +84,7 @@ class Budget:
         forms = []
         for name, module in adapted_linears(engine.model).items():
             assert isinstance(module, AdaptedLinear) and module.a_is_frozen and not module.residual
-            reference = module.references[MIXTURE]
-            if not reference > 0:
-                raise UserError(
-                    f"adapter.interference_budget: {name} puts out nothing but zeros on the calibration texts, so "
-                    "there is nothing to measure its update against; leave it out of adapter.target_modules"
-                )
+            reference = check_reference(name, module.references[MIXTURE])
             self.modules.append(name)
             forms.append(module.update_grams[MIXTURE].double() * (module.scale**2 / reference))
         self.names = [f"{name}{B}" for name in self.modules]
@@ -207,6 +202,28 @@ def batched(whole: list[Any], most: int) -> Iterator[list[Any]]:
     """``whole`` in runs of ``most``."""
     for start in range(0, len(whole), most):
         yield whole[start : start + most]
+
+
+def check_references(null_space: NullSpace) -> None:
+    """Whether a budget can be kept with these calibration texts, before anything is loaded or trained.
+
+    Raises:
+        UserError: as ``Budget``.
+    """
+    for name, module in null_space.manifest["modules"].items():
+        check_reference(name, module["references"][MIXTURE])
+
+
+def check_reference(name: str, reference: float) -> float:
+    """A module's tr(W G Wᵀ), where an update can be measured against it."""
+    if not reference > 0:
+        kind = name.rsplit(".", 1)[-1]
+        raise UserError(
+            f"adapter.interference_budget: {name} puts out nothing but zeros on the calibration texts, so there is "
+            f"nothing to measure its update against; leave {kind} out of adapter.target_modules, in every block, or "
+            "go without a budget"
+        )
+    return reference
 
 
 def cut(start: int, count: int, width: int) -> tuple[slice, list[tuple[int, int, slice]]]:

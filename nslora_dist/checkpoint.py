@@ -46,6 +46,7 @@ class _Writing:
     facts: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     part: "Future[dict[str, Any]]"
+    good: bool
 
 
 def identity(arm: Recipe, hashes: dict[str, Any]) -> dict[str, Any]:
@@ -138,13 +139,14 @@ class Checkpoints:
         self._late = self._late or (every is not None and step % every == 0)
         return self._late and self._writing is None and step != self.last
 
-    def start(self, engine: Engine, step: int, facts: dict[str, Any]) -> None:
+    def start(self, engine: Engine, step: int, facts: dict[str, Any], *, good: bool = True) -> None:
         """Copies the state to host memory and begins to write it.
 
         Args:
             engine: between two steps.
             step: steps done, skipped ones included.
             facts: what the trainer wants back; JSON. ``updates`` among them is AdamW's step count.
+            good: whether it may take an older one's place.
         """
         target = self.folder / f"step-{step}"
         with dist.together("starting a checkpoint"):
@@ -153,7 +155,7 @@ class Checkpoints:
         shards = on_host(engine.shards())
         path = artifacts.partial_of(target) / part_name(dist.rank())
         part = self._thread.submit(write_part, path, shards)
-        self._writing = _Writing(step, facts, {s.name: s.shape for s in shards}, part)
+        self._writing = _Writing(step, facts, {s.name: s.shape for s in shards}, part, good)
         self._late = False
 
     def settle(self) -> None:
@@ -185,11 +187,11 @@ class Checkpoints:
         if self._writing is not None:
             self._complete(self._writing)
 
-    def write(self, engine: Engine, step: int, facts: dict[str, Any]) -> Path:
+    def write(self, engine: Engine, step: int, facts: dict[str, Any], *, good: bool = True) -> Path:
         """A checkpoint that is whole on return, for the end of training and for a job that has to leave."""
         self.finish()
         if self.last != step:
-            self.start(engine, step, facts)
+            self.start(engine, step, facts, good=good)
             self.finish()
         return self.folder / f"step-{step}"
 
@@ -209,7 +211,8 @@ class Checkpoints:
                 files = {part_name(rank): entry for rank, entry in enumerate(entries)}
                 manifests.write_manifest(artifacts.partial_of(target), self._manifest(writing), files=files)
                 artifacts.take_place(target)
-                self._thin_out(writing.step)
+                if writing.good:
+                    self._thin_out(writing.step)
         self.last = writing.step
         watch.saved(str(target))
         log.info("checkpoint: %s", target)

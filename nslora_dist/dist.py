@@ -229,12 +229,15 @@ def gather_rows(part: Tensor, *, count: int) -> Tensor:
     return complete_rows(whole, count=count)
 
 
-def share(value: object) -> object:
-    """Rank 0's ``value``, on every rank; for small Python values."""
+def share(value: object, *, patient: bool = False) -> object:
+    """Rank 0's ``value``, on every rank; for small Python values.
+
+    ``patient`` ranks wait for rank 0 for as long as it shows progress: the guard ends what stalls.
+    """
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_Groups.patient if patient else None)
     return box[0]
 
 

@@ -32,7 +32,9 @@ def explain(error: ValidationError, root: type[BaseModel], *, origin: str = "", 
         location = location[:-1]  # a name that is no good: the name itself
     location = _as_written(root, location)
     key = ".".join(str(part) for part in location)
-    source = "on the command line" if any(_meet(key, o) for o in overridden) else origin
+    message = first["msg"].removeprefix("Value error, ")
+    named = key or message.partition(":")[0]  # a check of the whole recipe says itself what it is about
+    source = "on the command line" if any(_meet(named, o) for o in overridden) else origin
     where = f" ({source})" if source else ""
     if first["type"] == "extra_forbidden":
         known = _known_keys(root, location)
@@ -40,7 +42,6 @@ def explain(error: ValidationError, root: type[BaseModel], *, origin: str = "", 
         return f"{key}: unknown key{hint}{where}"
     if first["type"] == "missing":
         return f"{key}: missing, and there is no default{where}"
-    message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{key}: {message}{where}" if key else f"{message}{where}"
     message = message[0].lower() + message[1:]

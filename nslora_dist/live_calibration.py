@@ -20,7 +20,7 @@ from nslora_dist.calibration import store
 from nslora_dist.calibration.grams import add_gram, mirror
 from nslora_dist.calibration.store import MIXTURE, NullSpace
 from nslora_dist.errors import UserError
-from nslora_dist.live_model import evaluating, linears_of
+from nslora_dist.live_model import bare, evaluating, linears_of
 from nslora_dist.null_space import leak, null_basis, pack_triangle, projected_init, random_leak, unpack_triangle
 
 HELD_INPUTS = 8
@@ -85,14 +85,19 @@ def calibrate(
         The null space; tensors on rank 0 alone.
 
     Raises:
-        UserError: no such target, no ``nn.Linear`` that runs, a rank above a width, batches that cannot be gone through
-            twice, activations that are not finite, or a folder that exists.
+        UserError: an encoder-decoder model, no such target, no ``nn.Linear`` that runs, a rank above a width, batches
+            that cannot be gone through twice, activations that are not finite, or a folder that exists.
     """
     with dist.together("looking at what is to be calibrated"):
         if isinstance(batches, Iterator):
             raise UserError("calibrate: batches is a generator, which ends after one pass; give a list or a DataLoader")
         if folder is not None and dist.is_main() and (Path(folder).exists() or Path(folder).is_symlink()):
             raise UserError(f"calibrate: {folder} exists already; give a new folder")
+        if getattr(getattr(bare(model), "config", None), "is_encoder_decoder", False):
+            raise UserError(
+                "calibrate: in an encoder-decoder model attention_mask is the encoder's alone, and the padding of the "
+                "decoder would count; only models with one stack of blocks can be calibrated"
+            )
         linears = linears_of(model, target_modules)
     with evaluating(model):
         groups = _groups(model, linears, batches)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
-from nslora_dist import artifacts, dist
+from nslora_dist import artifacts, dist, watch
 from nslora_dist.engines import Engine
 from nslora_dist.errors import UserError
 from nslora_dist.lm_eval_tasks import load_tasks, warn_of_settings
@@ -56,6 +56,11 @@ class LmEval:
         with dist.together("loading lm-eval's tasks"):
             generation = _generation(base)
             self.ends = _end_tokens(generation, tokenizer)
+            if section.apply_chat_template and not tokenizer.chat_template:
+                raise UserError(
+                    f"evaluation.lm_eval.apply_chat_template: the tokenizer in {base} has no chat template; set it to "
+                    "false, or take a base that was tuned to chat"
+                )
             if dist.is_main():
                 self.tasks = load_tasks(section, most=_max_length(base, tokenizer))
                 warn_of_settings(generation, self.tasks["tasks"])
@@ -75,14 +80,15 @@ class LmEval:
         failure: Exception | None = None
         if dist.is_main():
             try:
-                results = self._evaluate(model)
+                with watch.working():  # its draws for a standard error of F1 take minutes to hours
+                    results = self._evaluate(model)
             except Exception as error:
                 if model.answering:  # the other ranks are in the same pass, and no answer to them would be heard
                     raise
                 failure = error
-            dist.share(None)
+            dist.share(None, patient=True)
         else:
-            while (question := dist.share(None)) is not None:
+            while (question := dist.share(None, patient=True)) is not None:
                 model.answer(question)
         with dist.together("lm-eval"):
             if failure is not None:
@@ -117,7 +123,7 @@ class _Model:
 
     def ask(self, question: tuple[Any, ...]) -> list[Any]:
         """On rank 0: ``answer`` on every rank."""
-        dist.share(question)
+        dist.share(question, patient=True)
         return self.answer(question)
 
     def answer(self, question: Any) -> list[Any]:
@@ -177,6 +183,10 @@ class _Model:
                 return model.ask(("log-likelihoods", [self._row(before, scored) for _, before, scored in requests]))
 
             def _row(self, before: list[int], scored: list[int]) -> tuple[np.ndarray, int]:
+                if not before or not scored:  # lm-eval's own model refuses these as well
+                    text = self.tok_decode([*before, *scored])[-60:]
+                    what = "nothing before the answer" if scored else "an answer that adds no token to its question"
+                    raise UserError(f"evaluation.lm_eval: a task has {what}, at '{text}'; leave that task out")
                 if len(scored) > self.max_length:
                     raise UserError(
                         f"evaluation.lm_eval: an answer of {len(scored)} tokens, and the model takes {self.max_length}"

@@ -22,7 +22,7 @@ from nslora_dist.merging.inputs import read_inputs
 from nslora_dist.merging.merge import UNIT, Merged, merge_modules, module_names, shares_a
 from nslora_dist.merging.model import AUTO_CLASSES, load_merged, model_task
 from nslora_dist.merging.nsc import NscResult, optimise
-from nslora_dist.merging.tasks import Task, read_tasks
+from nslora_dist.merging.tasks import Task, read_tasks, same_base
 from nslora_dist.provenance import Provenance, write_provenance
 from nslora_dist.redact import redact_all
 
@@ -82,10 +82,16 @@ def run_merge(recipe: MergeRecipe, device: torch.device) -> None:
 
 
 def _check_base(recipe: MergeRecipe, tasks: Sequence[Task]) -> None:
-    """The recipe's base against the fingerprint that the adapters carry."""
+    """The recipe's base against the fingerprint that an adapter carries, or the name that a foreign one gives."""
     if recipe.base_model is None or "base" in recipe.allow_mismatch:
         return
     carried = [task for task in tasks if task.provenance is not None]
+    for task in tasks:
+        if task not in carried and task.base_name and not same_base(task.base_name, recipe.base_model.path):
+            raise UserError(
+                f"base_model.path {recipe.base_model.path}: adapters.{task.name} says that it was trained on "
+                f"{task.base_name}; give that one, or allow_mismatch: [base] where this is the same under another name"
+            )
     if not carried:
         return
     fingerprint = Checkpoint(locate(recipe.base_model)).fingerprint()

@@ -13,6 +13,7 @@ from nslora_dist.arm_stage import Bench, run_arm
 from nslora_dist.base_config import check_context, context_of, load_config
 from nslora_dist.base_files import Checkpoint, locate
 from nslora_dist.base_model import build_empty
+from nslora_dist.budget import check_references
 from nslora_dist.calibration import store
 from nslora_dist.calibration.parts import Parts
 from nslora_dist.calibration.run import Calibration
@@ -159,6 +160,7 @@ class Run:
         """
         recipe = self.recipe
         baselines = {name: recipe.arm(name) for name in recipe.evaluation.baselines}
+        recipe.engine.check_ranks(dist.world_size())
         recipe.train.accumulation(dist.world_size())
         if not recipe.data.packing:  # a pack may be longer: positions begin anew with each of its samples
             check_context(self.config, "data.max_length", recipe.data.max_length)
@@ -175,6 +177,9 @@ class Run:
         claim_folder(recipe)
         null_space = self.null_space() if recipe.adapter.method == "lora_null" else None
         arms = {recipe.arm_name: recipe, **baselines}
+        for arm in arms.values():
+            if null_space is not None and arm.adapter.method == "lora_null" and arm.adapter.interference_budget:
+                check_references(null_space)
         # Before any training too: a threshold that leaves no null space is the user's to mend.
         weights = {name: found for name, arm in arms.items() if (found := self.weight_null_space(arm)) is not None}
         report: dict[str, Any] = {

@@ -23,7 +23,7 @@ ARM_NAMES = {"lora_null": "null_space", "lora": "lora", "null_lora": "null_lora"
 VOLATILE = (
     *("engine", "checkpoint", "resume", "output_dir", "base_model.config"),
     *("calibration.batch_size", "calibration.hidden_states", "evaluation.batch_size"),
-    "evaluation.lm_eval.batch_size",
+    "evaluation.lm_eval",  # what is asked of a trained arm changes nothing in it, and a task that fails can be left out
     *("train.micro_batch_size", "train.activation_checkpointing", "train.compile", "train.log_every"),
 )
 """What may change while a run goes on: how it is computed and where, not what; results differ by rounding at most."""

@@ -56,9 +56,9 @@ def _read_tree(name: str, overrides: Sequence[str]) -> tuple[dict[str, Any], str
         raise UserError(f"{path}: a recipe is a mapping of sections, this is {type(tree).__name__}")
     _resolve_paths(tree, path.resolve().parent)
     tree.setdefault("name", re.sub(r"[^\w.-]", "_", path.stem).lstrip(".") or "recipe")
-    tree.setdefault("output_dir", f"runs/{tree['name']}")
     for override in overrides:
         _apply(tree, override)
+    tree.setdefault("output_dir", f"runs/{tree['name']}")
     return tree, str(path), [override.split("=", 1)[0] for override in overrides]
 
 

@@ -69,6 +69,17 @@ class EngineSection(Section):
     config: Where | None = None
     timeout_seconds: Annotated[float, Field(ge=1.0)] = 1800.0  # without any progress: then a rank is missing
 
+    def check_ranks(self, world_size: int) -> None:
+        """Refuses an engine that shards nothing on several ranks.
+
+        Raises:
+            UserError: ``single`` and more than one rank.
+        """
+        if self.name == "single" and world_size > 1:
+            raise UserError(
+                f"engine.name single runs in one process, not on {world_size} ranks; use engine.name=fsdp2 or zero3"
+            )
+
 
 class CheckpointSection(Section):
     """When the state of training is written, how much of it is kept, and how long a pre-empted job takes to leave."""

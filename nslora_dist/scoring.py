@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from nslora_dist import dist, watch
 from nslora_dist.batches import IGNORED, filler, pad_right
 from nslora_dist.engines import Engine
-from nslora_dist.supervised import Continued, Scored
+from nslora_dist.supervised import Continued, Offered, Scored
 
 T = TypeVar("T")
 Tokens = Sequence[int] | np.ndarray
@@ -34,6 +34,8 @@ def log_likelihoods(
     name: str,
 ) -> list[tuple[float, bool]]:
     """Of each row's last tokens given those before them, in one pass a batch; collective.
+
+    Rows that differ in their last token alone, as a question's answers A to D, are one row with several ends.
 
     Args:
         engine: the model.
@@ -62,7 +64,33 @@ def log_likelihoods(
         found = engine.matches(batch.to(device))
         return [(sum_, greedy == 1.0) for sum_, greedy in dist.numbers(found)] if mine else []
 
-    return _in_turns(rows, score, key=lambda row: len(row[0]), batch_size=batch_size, name=name)
+    def offer(mine: list[tuple[Tokens, list[int]]]) -> list[list[tuple[float, bool]]]:
+        if not mine:
+            engine.matches(filler(pad).to(device))
+            return []
+        ids, mask = pad_right([torch.tensor(tokens, dtype=torch.int64) for tokens, _ in mine], pad)
+        most = max(len(ends) for _, ends in mine)
+        options = torch.tensor([ends + [IGNORED] * (most - len(ends)) for _, ends in mine])
+        batch = Offered(ids, mask, None, torch.full_like(ids, IGNORED), options=options)
+        found = dist.numbers(engine.matches(batch.to(device)))
+        return [
+            [(sum_, greedy == 1.0) for sum_, greedy in row[: len(ends)]]
+            for row, (_, ends) in zip(found, mine, strict=True)
+        ]
+
+    in_turns: dict[str, Any] = {"key": lambda row: len(row[0]), "batch_size": batch_size, "name": name}
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for number, (tokens, scored) in enumerate(rows):
+        if scored == 1:
+            alike.setdefault(tuple(tokens[:-1]), []).append(number)
+    shared = {before: numbers for before, numbers in alike.items() if len(numbers) > 1}
+    together = {number for numbers in shared.values() for number in numbers}
+    alone = [number for number in range(len(rows)) if number not in together]
+    answers = dict(zip(alone, _in_turns([rows[number] for number in alone], score, **in_turns), strict=True))
+    offered = [(before, [int(rows[number][0][-1]) for number in numbers]) for before, numbers in shared.items()]
+    for numbers, found in zip(shared.values(), _in_turns(offered, offer, **in_turns), strict=True):
+        answers |= zip(numbers, found, strict=True)
+    return [answers[number] for number in range(len(rows))]
 
 
 def continuations(

@@ -15,6 +15,17 @@ class Scored(Batch):
 
 
 @dataclass(frozen=True)
+class Offered(Batch):
+    """Asks evaluation mode how likely each of several next tokens is behind a row; ``labels`` are not read.
+
+    Attributes:
+        options: (b, most) int64 on the CPU, filled up with -100.
+    """
+
+    options: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Continued(Batch):
     """Asks evaluation mode for the most likely next token; the one batch that is padded on the *left*.
 
@@ -60,14 +71,16 @@ class SupervisedModel(nn.Module):
             the prompt gives exactly the labelled response. That is read off one pass: it does if and only if every
             label is the argmax given the labels before it. False for rows without labels.
             In evaluation mode, of a ``Scored`` batch (b, 2) float64: the log-likelihood summed over a row's labels, and
-            1 where every one of them is the argmax; of a ``Continued`` one (b,) int64: the next tokens; of a
-            ``Compared`` one (b, s, d) hidden states, or (2,) float64: the divergence in nats, summed over tokens, and
-            their number.
+            1 where every one of them is the argmax; of an ``Offered`` one (b, most, 2) float64: the same of each
+            option, 0 where there is none; of a ``Continued`` one (b,) int64: the next tokens; of a ``Compared`` one
+            (b, s, d) hidden states, or (2,) float64: the divergence in nats, summed over tokens, and their number.
         """
         if isinstance(batch, Continued):
             return self._next(batch)
         if isinstance(batch, Compared):
             return self._compared(batch)
+        if isinstance(batch, Offered):
+            return self._offered(batch)
         scored = isinstance(batch, Scored)
         # Whoever scores a row of one token more than the model is made for is not to run it past its end.
         seen, mask = (slice(None, -1) if scored else slice(None)), batch.attention_mask
@@ -100,6 +113,20 @@ class SupervisedModel(nn.Module):
             use_cache=True,
         ).last_hidden_state
         return self.model.lm_head(hidden[:, -1]).argmax(-1)
+
+    def _offered(self, batch: Offered) -> Tensor:
+        assert batch.options is not None
+        hidden: Tensor = self.model.model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        ).last_hidden_state
+        options = batch.options.to(hidden.device)
+        there = options != -100
+        last = (batch.attention_mask.sum(1) if batch.attention_mask is not None else hidden.shape[1]) - 1
+        rows = torch.arange(len(hidden), device=hidden.device)
+        behind = hidden[rows, last][:, None].expand(-1, options.shape[1], -1)
+        found = torch.zeros(*options.shape, 2, dtype=torch.float64, device=hidden.device)
+        found[there] = self.model.lm_head(behind[there], options[there], by_token=True).double()
+        return found
 
     def _compared(self, batch: Compared) -> Tensor:
         hidden: Tensor = self.model.model(

@@ -152,7 +152,7 @@ def train(
             )
             bar.set_postfix_str(f"loss {loss:.4f}{most}")
     if checkpoints is not None:
-        checkpoints.write(engine, total, asdict(result))
+        checkpoints.write(engine, total, asdict(result), good=not result.skipped_in_a_row)
     return result
 
 
@@ -201,12 +201,13 @@ def _forward_and_backward(
 def _leave(engine: Engine, result: Trained, checkpoints: Checkpoints | None, *, description: str, total: int) -> str:
     """Puts the state of the last whole step on disk; what there is to say about it."""
     step = len(result.losses)
-    if checkpoints is None or result.skipped_in_a_row:
+    if checkpoints is None:
         kept = watch.continues_from()
     elif step == 0:
         kept = "the beginning"
     else:
-        kept = str(checkpoints.write(engine, step, asdict(result)))
+        # Behind a skipped step nobody knows yet whether the state is good: older ones stay beside it.
+        kept = str(checkpoints.write(engine, step, asdict(result), good=not result.skipped_in_a_row))
     return f"{description}: stopped after step {step} of {total}, as asked; the same command continues from {kept}"
 
 
@@ -223,6 +224,10 @@ def _skipped(result: Trained, where: str, *, section: TrainSection, checkpoints:
     since = f"step {step}: its" if count == 1 else f"step {step - count + 1} and the {count - 1} after it: the"
     saved = checkpoints is not None and checkpoints.last is not None
     kept = f"; the last good state is {watch.continues_from()}" if saved else ""
+    if (
+        checkpoints is not None and (checkpoints.last or 0) > step - count
+    ):  # written where the job was stopped among them
+        kept = f"; {watch.continues_from()} was written among them: move it away to go on from an older one"
     raise UserError(
         f"training, {since} {what}; lower train.learning_rate, use base_model.dtype=float32, or mend those rows{kept}"
     )

@@ -1,9 +1,9 @@
 """What this rank is doing, and whether it was asked to stop: read by log records, heartbeats and the other ranks.
 
-Plain values that the main thread writes, or threads that it waits for, and others read; nothing here waits or touches a
-file.
+Plain values that the main thread writes, or threads that it waits for, and others read; nothing here touches a file.
 """
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,6 +74,33 @@ def progress(text: str) -> None:
     """Says that another unit of work was begun, as in ``step 7 of 400, micro-batch 1``; cheap enough for any loop."""
     _state.frames[-1].progress = text
     _state.count += 1
+
+
+@contextmanager
+def working(*, every: float = 5.0) -> Iterator[None]:
+    """Progress as long as this process computes, for long work in code of other people that says nothing.
+
+    Where it only waits, on a lock or on a network, it shows none, and the guard still finds that it hangs.
+
+    Args:
+        every: seconds; a tenth of them on a processor is work, which what looks after this process does not come to.
+    """
+    done = threading.Event()
+
+    def look() -> None:
+        worked = time.process_time()
+        while not done.wait(every):
+            before, worked = worked, time.process_time()
+            if worked - before > every / 10:
+                _state.count += 1
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 @contextmanager

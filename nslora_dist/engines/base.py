@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -185,6 +186,14 @@ def prepare(
     if recipe.train.activation_checkpointing:
         job.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return SupervisedModel(job.model)
+
+
+def uncompiled(recipe: Recipe) -> AbstractContextManager[object]:
+    """Evaluation runs as it is written: decoding alone would use up the variants that one block may be compiled in.
+
+    All blocks share these (``torch._dynamo.config.recompile_limit``, 8), and a key-value cache asks for one a layer.
+    """
+    return torch.compiler.set_stance("force_eager") if recipe.train.compile else nullcontext()
 
 
 def _stored_bytes(unit: nn.Module) -> int:

@@ -23,6 +23,7 @@ from nslora_dist.engines.base import (
     restore_optimizer,
     scale_parameters,
     trained_by_name,
+    uncompiled,
 )
 from nslora_dist.recipe import Recipe
 
@@ -57,7 +58,7 @@ class Fsdp2Engine:
             # One frozen weight: a rank reads the rows it keeps, and a 4-bit base's largest unit is never whole.
             return name == "lm_head" or (name == "model.embed_tokens" and not tied)
 
-        self.model = job.model
+        self.model, self.recipe = job.model, recipe
         self.root = prepare(job, recipe, shard, shards_empty=alone)
         fully_shard(self.root, mesh=mesh, mp_policy=policy)  # in place
         self.optimizer = make_optimizer(self.root, recipe)
@@ -73,7 +74,8 @@ class Fsdp2Engine:
     def matches(self, batch: Batch) -> Tensor:
         """See ``Engine``."""
         self.root.eval()
-        return self.root(batch)
+        with uncompiled(self.recipe):
+            return self.root(batch)
 
     def backward(self, loss: Tensor) -> None:
         """See ``Engine``. Gradients are reduced at every micro-batch: kept whole, they would cost a copy of B."""

@@ -19,8 +19,8 @@ from nslora_dist.engines.base import (
     restore_optimizer,
     scale_parameters,
     trained_by_name,
+    uncompiled,
 )
-from nslora_dist.errors import UserError
 from nslora_dist.recipe import Recipe
 
 
@@ -33,12 +33,8 @@ class SingleEngine:
         Raises:
             UserError: started with several ranks.
         """
-        if dist.world_size() > 1:
-            raise UserError(
-                f"engine.name single runs in one process, and {dist.world_size()} were started; "
-                "use engine.name=fsdp2 or zero3"
-            )
-        self.model = job.model
+        recipe.engine.check_ranks(dist.world_size())
+        self.model, self.recipe = job.model, recipe
         self.root = prepare(job, recipe, lambda name, unit: None)
         self.optimizer = make_optimizer(self.root, recipe)
         self.trained = trained_by_name(self.model)  # at a step they are the optimizer's own, sharded or whole
@@ -53,7 +49,8 @@ class SingleEngine:
     def matches(self, batch: Batch) -> Tensor:
         """See ``Engine``."""
         self.root.eval()
-        return self.root(batch)
+        with uncompiled(self.recipe):
+            return self.root(batch)
 
     def backward(self, loss: Tensor) -> None:
         """See ``Engine``."""

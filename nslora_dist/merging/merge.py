@@ -69,7 +69,7 @@ def merge_modules(
         coefficients: module → λ of every task, as nsc found them; the recipe's otherwise.
 
     Raises:
-        UserError: method gram and an adapter without Grams, or Grams that do not fit it.
+        UserError: method gram and an adapter without Grams, or Grams that do not fit it; too large a coefficient.
     """
     given = recipe.coefficients(UNIT)
     modules = module_names(tasks)
@@ -104,6 +104,8 @@ def _merge(
         factors = concatenate(pairs, weights)
     else:
         factors = add(pairs, weights)
+    if not all(bool(factor.isfinite().all()) for factor in (factors.lora_a, factors.lora_b)):
+        raise UserError(f"{module}: the merged factors are not finite; lower the adapters' coefficients")
     error = 0.0
     if recipe.target_rank is not None and recipe.target_rank < factors.rank:
         factors, error = compress(factors, recipe.target_rank)

@@ -199,5 +199,12 @@ def _differences(first: Task, other: Task) -> list[tuple[str, str, str]]:
     return found
 
 
+def same_base(named: str, path: str) -> bool:
+    """Whether a base that an adapter names may be the one at a path or hub name: a local copy keeps the last part."""
+    if _same_name(named) == _same_name(path) or Path(named).name.lower() == Path(path).name.lower():
+        return True
+    return f"models--{named.replace('/', '--')}" in Path(path).parts  # the hub's cache
+
+
 def _same_name(name: str) -> str:
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name

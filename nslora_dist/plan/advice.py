@@ -1,10 +1,14 @@
 """What fits, and what to change when nothing does."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from nslora_dist.errors import UserError
+from nslora_dist.explain import explain
 from nslora_dist.plan.cluster import Cluster
 from nslora_dist.plan.phase import Plan, knobs_of
 from nslora_dist.plan.phases import make_plan
@@ -16,7 +20,11 @@ OFFLOAD = Path(__file__).resolve().parents[2] / "ds_configs" / "zero3_offload.js
 
 
 def changed(recipe: Recipe, **changes: object) -> Recipe:
-    """A copy with values replaced, ``section__key=value``, checked as a recipe is."""
+    """A copy with values replaced, ``section__key=value``, checked as a recipe is.
+
+    Raises:
+        UserError: no such recipe may be.
+    """
     tree = recipe.model_dump()
     for key, value in changes.items():
         *sections, last = key.split("__")
@@ -24,17 +32,23 @@ def changed(recipe: Recipe, **changes: object) -> Recipe:
         for section in sections:
             place = place[section]
         place[last] = value
-    return Recipe.model_validate(tree)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(explain(error, Recipe)) from error
 
 
 def largest_micro_batch(recipe: Recipe, shapes: Shapes, cluster: Cluster) -> int:
-    """Rows of the largest micro-batch whose training fits and that the global batch allows, or 0."""
+    """Rows of the largest micro-batch whose training fits and that the recipe allows, or 0."""
     knobs = knobs_of(recipe)
     best = 0
     for rows in range(1, recipe.train.global_batch_size // cluster.gpus + 1):
         if recipe.train.global_batch_size % (rows * cluster.gpus):
             continue
-        tried = changed(recipe, train__micro_batch_size=rows)
+        try:
+            tried = changed(recipe, train__micro_batch_size=rows)
+        except UserError:  # a baseline's batch does not divide by it, or a packed one must have one row
+            continue
         if sum(train_memory(tried, shapes, cluster, knobs)[0].values()) > cluster.usable:
             break
         best = rows
@@ -59,12 +73,10 @@ def remedies(recipe: Recipe, cluster: Cluster) -> Iterator[tuple[str, Recipe, Cl
     if section.solver.placement == "rank0" and cluster.gpus > 1:
         recipe = changed(recipe, calibration__solver__placement="spread")
         yield "calibration.solver.placement=spread", recipe, cluster
-    if recipe.engine.name == "single" and cluster.gpus > 1:
-        recipe = changed(recipe, engine__name="fsdp2")
-        yield "engine.name=fsdp2", recipe, cluster
     if base.quantization == "none":
-        recipe = changed(recipe, base_model__quantization="nf4")
-        yield "base_model.quantization=nf4", recipe, cluster
+        with suppress(UserError):  # not every adapter can stand on a packed base
+            recipe = changed(recipe, base_model__quantization="nf4")
+            yield "base_model.quantization=nf4", recipe, cluster
     gpus = cluster.gpus
     if recipe.engine.name != "single":
         while gpus < 1024 and gpus < 8 * cluster.gpus and recipe.train.global_batch_size % (2 * gpus) == 0:
@@ -73,7 +85,7 @@ def remedies(recipe: Recipe, cluster: Cluster) -> Iterator[tuple[str, Recipe, Cl
         cluster = replace(cluster, gpus=gpus)
     try:
         recipe = changed(recipe, engine__name="zero3", engine__config=str(OFFLOAD))
-    except ValueError:
+    except UserError:
         return
     yield f"engine.name=zero3 engine.config={OFFLOAD}", recipe, cluster
 

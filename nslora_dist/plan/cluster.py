@@ -1,5 +1,6 @@
 """The machines a plan is for, and all it assumes about them: each assumption is a field and a command-line flag."""
 
+import math
 import re
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -27,13 +28,18 @@ def quantity(text: str) -> float:
     return number * scale / (8 if unit in ("b", "bit") else 1)
 
 
-def _flag(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _flag(default: Any, text: str, *, zero: bool = False, most: float = math.inf) -> Any:
+    """A field and flag of a number up to ``most``, above 0; ``zero``: or 0, as where that stands for unset."""
+    return field(default=default, metadata={"help": text, "zero": zero or default == 0, "most": most})
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What runs the recipe. Bytes, bytes/s, FLOP/s, seconds; 0 for what is not known and then not checked."""
+    """What runs the recipe. Bytes, bytes/s, FLOP/s, seconds.
+
+    Raises:
+        UserError: a value that no cluster can have.
+    """
 
     gpus: int = _flag(1, "GPUs in all, one rank each")
     gpu_memory: float = _flag(80e9, "memory of one GPU")
@@ -41,21 +47,37 @@ class Cluster:
     intra_node: float = _flag(0.0, "what one GPU sends inside its node (NVLink, PCIe); unset: the interconnect")
     gpus_per_node: int = _flag(8, "GPUs in a node")
     flops: float = _flag(989e12, "dense matrix rate of a GPU in the compute dtype, per second")
-    efficiency: float = _flag(0.4, "share of that rate the model's products reach")
+    efficiency: float = _flag(0.4, "share of that rate the model's products reach", most=1.0)
     solver_flops: float = _flag(60e12, "float32 and float64 matrix rate of a GPU, for factorisations")
-    solver_efficiency: float = _flag(0.2, "share of that rate the factorisations reach")
+    solver_efficiency: float = _flag(0.2, "share of that rate the factorisations reach", most=1.0)
     memory_bandwidth: float = _flag(3.35e12, "of a GPU's memory, for unpacking 4-bit weights")
-    network_efficiency: float = _flag(0.8, "share of the links' rates that collectives reach")
-    overlap: float = _flag(0.8, "share of the shorter of computing and communicating that hides behind the other")
-    latency: float = _flag(20e-6, "of one collective, times log2 of the ranks")
+    network_efficiency: float = _flag(0.8, "share of the links' rates that collectives reach", most=1.0)
+    overlap: float = _flag(
+        0.8, "share of the shorter of computing and communicating that hides behind the other", zero=True, most=1.0
+    )
+    latency: float = _flag(20e-6, "of one collective, times log2 of the ranks", zero=True)
     host_memory: float = _flag(0.0, "memory of a node; unset: not checked")
     host_bandwidth: float = _flag(25e9, "between a GPU and its host, per direction")
     disk: float = _flag(0.0, "free bytes in output_dir; unset: not checked")
     disk_bandwidth: float = _flag(2e9, "a node's reading rate of the checkpoint")
-    fragmentation: float = _flag(0.06, "share of GPU memory the allocator cannot use")
-    context: float = _flag(1.5e9, "GPU memory of CUDA and the communicators before any tensor")
-    interpreter: float = _flag(3e9, "host memory of one process before any tensor")
-    supervised: float = _flag(1.0, "share of training tokens with a label; 1 is the most memory")
+    fragmentation: float = _flag(0.06, "share of GPU memory the allocator cannot use", zero=True, most=1.0)
+    context: float = _flag(1.5e9, "GPU memory of CUDA and the communicators before any tensor", zero=True)
+    interpreter: float = _flag(3e9, "host memory of one process before any tensor", zero=True)
+    supervised: float = _flag(1.0, "share of training tokens with a label; 1 is the most memory", most=1.0)
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value, zero, most = getattr(self, one.name), one.metadata["zero"], one.metadata["most"]
+            if not 0 <= value <= most or (value == 0 and not zero) or math.isinf(value):
+                allowed = f"{'from' if zero else 'above'} 0" + ("" if math.isinf(most) else f", at most {most:g}")
+                raise UserError(
+                    f"--{one.name.replace('_', '-')} {value:g}: {one.metadata['help']}; wanted is {allowed}"
+                )
+        if self.usable <= 0:
+            raise UserError(
+                f"--gpu-memory {self.gpu_memory:g}: nothing is left of it beside --context {self.context:g} and "
+                f"--fragmentation {self.fragmentation:g}; give a GPU's memory, as 80GB"
+            )
 
     @property
     def usable(self) -> float:

@@ -5,7 +5,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from nslora_dist.errors import EXIT_USER_ERROR, UserError
+from nslora_dist.errors import UserError, unwritable
 from nslora_dist.plan.cluster import Cluster, quantity
 from nslora_dist.plan.phases import make_plan
 from nslora_dist.plan.shapes import shapes_of
@@ -13,6 +13,8 @@ from nslora_dist.plan.sweep import sweep, write_csv, write_plot
 from nslora_dist.plan.text import describe
 from nslora_dist.quiet import quiet
 from nslora_dist.recipe_file import load_recipe
+
+PLOTS = (".png", ".pdf", ".svg")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     for one in fields(Cluster):
         flag, text = one.name.replace("_", "-"), f"{one.metadata['help']}; {one.default:g}"
         made.add_argument(f"--{flag}", metavar="N", help=text)
-    made.add_argument("--steps", type=int, help="optimizer steps, where the recipe gives epochs")
+    made.add_argument("--steps", metavar="N", help="optimizer steps, where the recipe gives epochs")
     made.add_argument("--sweep", type=Path, metavar="CSV", help="writes 1 to 1,024 GPUs there")
     made.add_argument("--plot", type=Path, metavar="PNG", help="draws the same")
     made.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
@@ -33,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Prints the plan.
 
     Returns:
-        The exit status: 0, or 2 after a one-line error that the user can mend.
+        The exit status: 0, or one of ``errors.py`` after a one-line error.
     """
     given = parser().parse_intermixed_args(arguments)
     quiet()
@@ -41,21 +43,31 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = load_recipe(given.recipe, given.overrides)
         asked = {f.name: getattr(given, f.name) for f in fields(Cluster)}
         values = {name: quantity(text) for name, text in asked.items() if text is not None}
-        for name in ("gpus", "gpus_per_node"):
+        if given.steps is not None:
+            values["steps"] = quantity(given.steps)
+        for name in ("gpus", "gpus_per_node", "steps"):
             if name in values:
                 if values[name] < 1 or values[name] % 1:
                     raise UserError(f"--{name.replace('_', '-')} {values[name]:g}: a whole number from 1")
                 values[name] = int(values[name])
+        steps = int(values.pop("steps")) if "steps" in values else None
+        for flag, path in (("--sweep", given.sweep), ("--plot", given.plot)):
+            if path is not None and not path.absolute().parent.is_dir():
+                raise UserError(f"{flag} {path}: there is no folder {path.absolute().parent}; make it first")
+        if given.plot is not None and given.plot.suffix not in PLOTS:
+            raise UserError(f"--plot {given.plot}: wanted is a name that ends in {', '.join(PLOTS)}")
         cluster = Cluster(**values)  # type: ignore[arg-type]
         shapes = shapes_of(recipe)
-        print(describe(make_plan(recipe, shapes, cluster, steps=given.steps)))  # noqa: T201
+        print(describe(make_plan(recipe, shapes, cluster, steps=steps)))  # noqa: T201
         if given.sweep or given.plot:
             plans = sweep(recipe, shapes, cluster)
-            if given.sweep:
-                write_csv(given.sweep, plans)
-            if given.plot:
-                write_plot(given.plot, plans)
+            for flag, path, write in (("--sweep", given.sweep, write_csv), ("--plot", given.plot, write_plot)):
+                if path is not None:
+                    try:
+                        write(path, plans)
+                    except OSError as error:
+                        raise unwritable(f"{flag} {path}", error) from error
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
-        return EXIT_USER_ERROR
+        return error.status
     return 0

@@ -59,8 +59,9 @@ def make_plan(recipe: Recipe, shapes: Shapes, cluster: Cluster, *, steps: int | 
     """All phases. ``steps`` is for recipes that give epochs.
 
     Raises:
-        UserError: the global batch does not divide over the GPUs.
+        UserError: the engine shards nothing and there are several GPUs; the global batch does not divide over them.
     """
+    recipe.engine.check_ranks(cluster.gpus)
     knobs = knobs_of(recipe)
     accumulation = recipe.train.accumulation(cluster.gpus)
     phases = [_load(recipe, shapes, cluster, knobs)]

@@ -43,7 +43,7 @@ def describe(plan: Plan) -> str:
         f"({recipe.checkpoint.keep_last} are kept)",
         *_unplanned(shapes),
         "",
-        "Assumed (every line is a flag, - for _; bytes, bytes/s, FLOP/s, seconds; 0: not known, not checked):",
+        "Assumed (every line is a flag, - for _; bytes, bytes/s, FLOP/s, seconds):",
         *(f"  {line}" for line in cluster.assumptions()),
         "Every row of training and calibration counts at its full length. Sent: ring algorithms; as much is received.",
         "Not counted: evaluation, whose rows are not read here; baselines, each of which loads and trains anew.",

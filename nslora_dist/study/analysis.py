@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from nslora_dist.study.fresh import on_fresh_seeds
-from nslora_dist.study.points import chosen_of, grouped, points, relative_retention, variant
+from nslora_dist.study.points import chosen_of, grouped, most_retention, points, relative_retention, variant
 from nslora_dist.study.settings import Line, Planned, Setting, over_same_seeds, planned_settings, setting_of
 from nslora_dist.study.spec import Study
 from nslora_dist.study.statistics import (
@@ -39,13 +39,13 @@ def analyse(lines: Sequence[Line], study: Study) -> dict[str, Any]:
         its variants; ``curves``, one entry a grid that varies something else than the method, size and task.
     """
     planned, settings, learned = planned_settings(study), [], {}
+    compared = next((list(grid.arms) for grid in study.grids.values() if grid.along is None), [])
     for (size, task), own in grouped(of_methods(lines, study), lambda line: (line["size"], line["task"])).items():
         arms = {
             calibration: arms_of(own, calibration, planned)
             for calibration in dict.fromkeys(line["calibration"] for line in own)
         }
-        # One yardstick for all calibrations of a task: the best that any arm learned, on average over its seeds.
-        best = learned[size, task] = _best_adaptation([here for of_arm in arms.values() for here in of_arm.values()])
+        best = learned[size, task] = _yardstick(arms.values(), compared)
         for calibration, of_arm in arms.items():
             chosen = of_calibration(own, calibration)
             variants, all_of = grouped(chosen, variant), grouped(chosen, lambda line: line["arm"])
@@ -67,7 +67,7 @@ def analyse(lines: Sequence[Line], study: Study) -> dict[str, Any]:
             )
     return {
         "cells": len(lines),
-        "compared": next((list(grid.arms) for grid in study.grids.values() if grid.along is None), []),
+        "compared": compared,
         "settings": settings,
         "sweeps": sweeps(lines, study, learned),
         "curves": curves(lines, study),
@@ -200,6 +200,17 @@ def shaped(line: Line) -> bool:
     return line["method"] in ("lora_null", "corda")
 
 
+def _yardstick(of_calibrations: Iterable[Mapping[str, Sequence[Line]]], compared: Collection[str]) -> float:
+    """One for all calibrations of a task: the best that any compared arm learned, on average over its seeds.
+
+    Others may have more parameters or fewer seeds, whose luck would be asked of everybody; they count where no compared
+    arm was run.
+    """
+    named = [(name, own) for of_arm in of_calibrations for name, own in of_arm.items()]
+    own = [lines for name, lines in named if name in compared]
+    return _best_adaptation(own or [lines for _, lines in named])
+
+
 def _best_adaptation(compared: Iterable[Sequence[Line]]) -> float:
     """The most that any setting learned, on average over its seeds."""
     return max((float(point["adaptation"]) for own in compared for point in points(own)), default=0.0)
@@ -208,7 +219,7 @@ def _best_adaptation(compared: Iterable[Sequence[Line]]) -> float:
 def _arm(lines: Sequence[Line], *, best: float) -> dict[str, Any]:
     """An arm with all its settings, learning rates and weight decays alike: what tuning gets out of it."""
     start = float(lines[0]["base"]["adaptation"])
-    values = _by_seed(lines)
+    values, most = _by_seed(lines), most_retention(lines[0])
     return {
         "seeds": len(values),
         "settings": values.shape[-1],
@@ -216,8 +227,10 @@ def _arm(lines: Sequence[Line], *, best: float) -> dict[str, Any]:
         "matched": lines[0]["matched"],
         "rank": lines[0]["rank"],
         "trained_parameters": lines[0]["trained_parameters"],
-        "area": asdict(over_seeds(values, lambda mean: _area(mean, start))),
-        "retention_at": {f"{share:g}": asdict(over_seeds(values, _kept_at(share * best))) for share in SHARES},
+        "area": asdict(over_seeds(values, lambda mean: _area(mean, start), most=most)),
+        "retention_at": {
+            f"{share:g}": asdict(over_seeds(values, _kept_at(share * best), most=most)) for share in SHARES
+        },
         "chosen": chosen_of(points(lines), target=SHARES[0] * best),
         "covered": lines[0]["covered"] if shaped(lines[0]) else [],
     }

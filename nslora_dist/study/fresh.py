@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from nslora_dist.study.cells import Cell
-from nslora_dist.study.points import points, preferred, relative_retention
+from nslora_dist.study.points import chosen_of, most_retention, points, preferred, relative_retention
 from nslora_dist.study.settings import Line, setting_of
 from nslora_dist.study.statistics import over_seeds
 
@@ -26,23 +26,26 @@ def on_fresh_seeds(lines: Sequence[Line], compared: Sequence[Line], *, target: f
 
     Returns:
         ``setting``, weight decay and learning rate, that all of ``compared`` choose; ``chosen_on``, the seeds of these;
-        ``seeds``, on how many a choice was tried; over these the mean ``adaptation`` and, with its interval,
+        ``seeds``, on how many a choice was tried, ``reached``, how many of these choices reach the target where they
+        were made; over all tried the mean ``adaptation`` and, with its interval,
         ``retention`` relative to the base's.
     """
     by_place = {(setting_of(line), line["seed"]): line for line in lines}
-    tried = []
+    tried, reached = [], 0
     for seed in sorted({line["seed"] for line in lines}):
         others = [line for line in compared if line["seed"] != seed]
         if others and (found := by_place.get((_setting(others, target), seed))):
             tried.append(found)
+            reached += chosen_of(points(others), target=target) is not None
     decay, rate = _setting(compared, target)
     kept = np.array([relative_retention(line) for line in tried])
     return {
         "setting": {"weight_decay": decay, "learning_rate": rate},
         "chosen_on": sorted({line["seed"] for line in compared}),
         "seeds": len(tried),
+        "reached": reached,
         "adaptation": float(np.mean([float(line["adaptation"]) for line in tried])) if tried else None,
-        "retention": asdict(over_seeds(kept, float)) if tried else None,
+        "retention": asdict(over_seeds(kept, float, most=most_retention(tried[0]))) if tried else None,
     }
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from nslora_dist import artifacts
 from nslora_dist.errors import UserError
-from nslora_dist.study.points import forgetting, points, relative_retention
+from nslora_dist.study.points import forgetting, grouped, points, relative_retention
 from nslora_dist.study.settings import Line
 
 WIDTH = 130
@@ -76,7 +76,7 @@ def text_of_page(template: Path, figures: "Figures") -> str:
         asked = environment.from_string(template.read_text(encoding="utf-8"))
         text = asked.render(figures.names())
     except (TemplateError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"--page {template}: {type(error).__name__}: {error}") from error
+        raise UserError(f"{template}: {type(error).__name__}: {error}") from error
     return filled(text)
 
 
@@ -213,6 +213,21 @@ class Figures:
         """Most retention of an arm's settings that learn so much, of the cells with these settings besides."""
         own = points(self.cells(size=size, task=task, arm=name, calibration="all", **where))
         return max(float(p["retention"]) for p in own if p["adaptation"] >= adaptation - 1e-12)
+
+    def fixed(self, name: str, rate: float, decay: float) -> dict[str, float]:
+        """One setting of an arm on every base and task that it was run on with all texts: nothing is tuned.
+
+        ``learned`` and ``kept`` are means over these ``tables`` of means over seeds, with their least beside them;
+        what is learned is a share of the best adaptation that any compared arm has.
+        """
+        where = {"arm": name, "learning_rate": rate, "weight_decay": decay, "calibration": "all"}
+        best = {(e["size"], e["task"]): e["best_adaptation"] for e in self.found["settings"]}
+        of_table = grouped(self.cells(**where), lambda line: (line["size"], line["task"]))
+        own = {table: points(lines) for table, lines in of_table.items()}
+        learned = [float(found[0]["adaptation"]) / best[table] for table, found in own.items()]
+        kept = [float(found[0]["retention"]) for found in own.values()]
+        means = {"learned": float(np.mean(learned)), "kept": float(np.mean(kept))}
+        return means | {"learned_least": min(learned), "kept_least": min(kept), "tables": len(own)}
 
     def lost_below_kl(self, limit: float, **where: Any) -> float:
         """Most that a cell lost whose divergence stays below a limit."""

@@ -16,6 +16,12 @@ def relative_retention(line: Line) -> float:
     return float(line["retention"]) / base if base > 0 else 0.0
 
 
+def most_retention(line: Line) -> float:
+    """What ``relative_retention`` can come to: an adapter may answer what the base could not."""
+    base = float(line["base"]["retention"])
+    return 1.0 / base if base > 0 else 0.0
+
+
 def forgetting(line: Line, piece: str | None = None) -> float:
     """The base's retention less the adapter's, of all pieces or of one."""
     if piece is None:

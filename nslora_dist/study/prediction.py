@@ -9,7 +9,7 @@ import numpy as np
 from nslora_dist.study.points import forgetting, grouped
 from nslora_dist.study.settings import Line
 from nslora_dist.study.spec import AGGREGATES, FEW, PIECES, Study, StudyArm
-from nslora_dist.study.statistics import Array, over_pairs, safe_below, spearman
+from nslora_dist.study.statistics import Array, Interval, over_pairs, safe_below, spearman
 
 LOST = 0.01
 """Of all answers: forgetting above this is a loss."""
@@ -115,7 +115,11 @@ def _aggregate(
         "across_others": over(~kept, spearman),
         "within": {arm: float(np.mean(values)) for arm, values in found.items()},
         "within_mean": float(np.mean(pooled)) if pooled else None,
-        "safe_below": {f"{allowed:g}": over(every, safe(allowed)) for allowed in ALLOWED},
+        # The first cell that loses is the least of a sample: drawn again it can only lie higher, and has no interval.
+        "safe_below": {
+            f"{allowed:g}": over(every, safe(allowed)) if allowed else asdict(Interval(safe(allowed)(x, y), None, None))
+            for allowed in ALLOWED
+        },
         "safe_below_in_null_space": over(kept, safe(ALLOWED[-1])),
         "safe_below_others": over(~kept, safe(ALLOWED[-1])),
     }

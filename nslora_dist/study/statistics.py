@@ -11,6 +11,10 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """The 97.5% quantiles of Student's t with 1, 2, … degrees of freedom; of more, the last is a little too wide."""
 
 
+LEAST_CLUSTERS = 8
+"""Of fewer, drawn again, an interval says more of how they are drawn than of the figure."""
+
+
 @dataclass(frozen=True)
 class Interval:
     """A value with its 95% interval; None where nothing could be computed. ``share``: of resamples, that could."""
@@ -49,15 +53,16 @@ def retention_at(adaptation: Array, retention: Array, *, target: float) -> float
     return float(retention[reached].max()) if bool(reached.any()) else None
 
 
-def over_seeds(values: Array, figure: Callable[[Array], float | None]) -> Interval:
+def over_seeds(values: Array, figure: Callable[[Array], float | None], *, most: float) -> Interval:
     """A figure of seed means, with Student's 95% interval over seeds by the jackknife.
 
     One seed at a time is left out, and the choice of a setting inside ``figure`` made anew, so that its luck is in the
     interval. A percentile bootstrap of three seeds would be their range, which holds the truth three times in four.
 
     Args:
-        values: (seeds, ...); ``figure`` takes the mean over the first axis. All are at least 0, and so is the interval.
-        figure: None where it cannot be computed.
+        values: (seeds, ...); ``figure`` takes the mean over the first axis.
+        figure: None where it cannot be computed; it lies in [0, ``most``], and the interval is cut to that.
+        most: what the figure can come to.
 
     Returns:
         Without an interval where there is one seed, or where one was left out and the figure could not be computed.
@@ -71,7 +76,7 @@ def over_seeds(values: Array, figure: Callable[[Array], float | None]) -> Interv
         return Interval(value, None, None, len(known) / count)
     error = float(np.sqrt((count - 1) / count * np.square(known - known.mean()).sum()))
     half = STUDENT[min(count - 2, len(STUDENT) - 1)] * error
-    return Interval(value, max(0.0, value - half), value + half)
+    return Interval(value, max(0.0, value - half), max(value, min(most, value + half)))
 
 
 def over_pairs(
@@ -83,7 +88,10 @@ def over_pairs(
     seed: int = 0,
     clusters: Sequence[str] | None = None,
 ) -> Interval:
-    """A figure of pairs, with the percentile interval over pairs drawn again, whole clusters at a time where given."""
+    """A figure of pairs, with the percentile interval over pairs drawn again, whole clusters at a time where given.
+
+    Without an interval where there are fewer than ``LEAST_CLUSTERS`` of them.
+    """
     a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     value = figure(a, b)
     names = [str(number) for number in range(len(a))] if clusters is None else list(clusters)
@@ -91,7 +99,7 @@ def over_pairs(
     for place, name in enumerate(names):
         members.setdefault(name, []).append(place)
     groups = [np.array(places) for places in members.values()]
-    if len(groups) < 2:
+    if len(groups) < LEAST_CLUSTERS:
         return Interval(value, None, None, float(value is not None))
     rng = np.random.default_rng(seed)
     drawn = []

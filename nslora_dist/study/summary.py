@@ -9,11 +9,12 @@ from nslora_dist.card import markdown_table
 from nslora_dist.study.analysis import COSTS, KEEPS, SHARES, analyse, of_first_calibration, plot_of, whole_arms
 from nslora_dist.study.lines import round_floats
 from nslora_dist.study.plots import draw_study
-from nslora_dist.study.prediction import ALLOWED, LOST, predict
+from nslora_dist.study.prediction import predict
+from nslora_dist.study.prediction_text import prediction_text
 from nslora_dist.study.settings import Line
 from nslora_dist.study.spec import Study
+from nslora_dist.study.written import NONE, interval, score
 
-NONE = "–"
 OURS = ("lora_null", "null_lora")
 
 
@@ -58,7 +59,7 @@ def text_of(found: Mapping[str, Any], *, name: str, missing: int, plots: Sequenc
         parts += _sweep(sweep, plots)
     for curve in found["curves"]:
         parts += _curve(curve, plots)
-    parts += _prediction(found["prediction"])
+    parts += prediction_text(found["prediction"])
     parts += [f"![{path.stem}]({path})" for path in plots if path.stem in ("prediction", "probes")]
     return "\n\n".join(parts) + "\n"
 
@@ -66,7 +67,8 @@ def text_of(found: Mapping[str, Any], *, name: str, missing: int, plots: Sequenc
 HOW = (
     "Retention is the mean over pieces of knowledge, over the base's own. *Area*: under the frontier, the most "
     "retention to be had at an adaptation of at least t, t from 0 to 1. *At 95%, 99%*: the most retention of a setting "
-    "that reaches that share of the best adaptation that any arm has on this task; – where none does. A setting is a "
+    "that reaches that share of the best adaptation that any arm of the first table has on this task; – where none "
+    "does. A setting is a "
     "learning rate and a weight decay; an arm's are compared over the same seeds. In brackets: 95% intervals over "
     "seeds (Student's, by the jackknife, the setting chosen anew), none with one seed; (67%): of the seeds that may be "
     "left out, how many leave a setting that reaches the target. *lr*, *wd*: of the setting chosen for 95%, and at it "
@@ -96,7 +98,7 @@ def _headline(size: str, shown: Sequence[Mapping[str, Any]], compared: Collectio
     def cells(name: str, arms: Mapping[str, Any]) -> list[str]:
         if name not in arms:
             return [NONE, NONE]
-        return [_interval(arms[name]["area"]), _interval(arms[name]["retention_at"][f"{SHARES[0]:g}"])]
+        return [interval(arms[name]["area"]), interval(arms[name]["retention_at"][f"{SHARES[0]:g}"])]
 
     # By the mean area over what all were run on: one that was run on an easy task alone would lead otherwise.
     shared = [arms for arms in whole if every.keys() == arms.keys()]
@@ -113,8 +115,9 @@ def _headline(size: str, shown: Sequence[Mapping[str, Any]], compared: Collectio
 
 
 FRESH = (
-    "On fresh seeds: adaptation / retention of the setting that the other seeds choose, the mean over the seeds in "
-    "parentheses; where no setting reaches 95% of the best adaptation, of the one that learns most."
+    "On fresh seeds: adaptation / retention of the setting that the other seeds choose, the mean over as many as are "
+    "in parentheses; (1 of 3): with one of them the others have a setting that reaches 95% of the best adaptation, "
+    "with the rest it is the one that learns most, whatever it keeps."
 )
 
 
@@ -139,15 +142,17 @@ def _learned_and_kept(own: Mapping[str, Any] | None) -> str:
     if own is None:
         return NONE
     fresh = own["fresh"]
-    return f"{_score(fresh['adaptation'])} / {_interval(fresh['retention'])} ({fresh['seeds']})"
+    tried, reached = fresh["seeds"], fresh["reached"]
+    said = f"{tried}" if reached == tried else f"{reached} of {tried}"
+    return f"{score(fresh['adaptation'])} / {interval(fresh['retention'])} ({said})"
 
 
 def _base(setting: Mapping[str, Any]) -> str:
     base = setting["base"]
-    known = ", ".join(f"{piece} {_score(value)}" for piece, value in base["retention_by"].items())
+    known = ", ".join(f"{piece} {score(value)}" for piece, value in base["retention_by"].items())
     return (
-        f"Best adaptation of any arm: {_score(setting['best_adaptation'])}. "
-        f"The base: task {_score(base['adaptation'])}, retention {_score(base['retention'])} ({known})."
+        f"Best adaptation of any arm: {score(setting['best_adaptation'])}. "
+        f"The base: task {score(base['adaptation'])}, retention {score(base['retention'])} ({known})."
     )
 
 
@@ -189,14 +194,14 @@ def _variants_table(variants: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
 
 
 def _scores(own: Mapping[str, Any]) -> list[str]:
-    return [_interval(own["area"]), *(_interval(own["retention_at"][f"{share:g}"]) for share in SHARES)]
+    return [interval(own["area"]), *(interval(own["retention_at"][f"{share:g}"]) for share in SHARES)]
 
 
 def _chosen(chosen: Mapping[str, Any] | None, *, with_decay: bool) -> list[str]:
     if chosen is None:
         return [NONE] * (4 if with_decay else 3)
     decay = [f"{chosen['weight_decay']:g}"] if with_decay else []
-    spread = f"{_score(chosen['adaptation_spread'])} / {_score(chosen['retention_spread'])}"
+    spread = f"{score(chosen['adaptation_spread'])} / {score(chosen['retention_spread'])}"
     return [f"{chosen['learning_rate']:g}", *decay, spread, f"{chosen['interference']:.3f}"]
 
 
@@ -208,7 +213,7 @@ def _pieces_table(setting: Mapping[str, Any]) -> str:
         if own["chosen"] is None:
             continue
         kept = own["chosen"]["retention_by"]
-        rows.append([name, *(f"{_score(kept[piece])}{'*' if piece in own['covered'] else ''}" for piece in pieces)])
+        rows.append([name, *(f"{score(kept[piece])}{'*' if piece in own['covered'] else ''}" for piece in pieces)])
     if not rows:
         return "No arm reaches 95% of the best adaptation."
     said = "Accuracy by piece of knowledge at the setting chosen for 95%; * is exercised by the calibration texts:"
@@ -220,7 +225,7 @@ def _sweep(sweep: Mapping[str, Any], plots: Sequence[Path]) -> list[str]:
     title = f"{sweep['grid']}: along weight decay, {sweep['size']}, {sweep['task']}"
     parts = [
         f"## {title}",
-        f"The learning rate tuned for each; best adaptation {_score(sweep['best_adaptation'])}.",
+        f"The learning rate tuned for each; best adaptation {score(sweep['best_adaptation'])}.",
         _variants_table(sweep["variants"].items()),
     ]
     return parts + [f"![{title}]({path})" for path in plots if path.name == plot_of(sweep)]
@@ -235,10 +240,10 @@ def _curve(curve: Mapping[str, Any], plots: Sequence[Path]) -> list[str]:
             "none" if point["value"] is None else f"{point['value']}",
             f"{point['learning_rate']:g}",
             str(point["seeds"]),
-            f"{_score(point['adaptation'])} ± {_score(point['adaptation_spread'])}",
-            f"{_score(point['retention'])} ± {_score(point['retention_spread'])}",
+            f"{score(point['adaptation'])} ± {score(point['adaptation_spread'])}",
+            f"{score(point['retention'])} ± {score(point['retention_spread'])}",
             f"{point['interference']:.4f}",
-            *(_score(point["retention_by"][piece]) for piece in pieces),
+            *(score(point["retention_by"][piece]) for piece in pieces),
         ]
         for point in curve["points"]
     ]
@@ -248,103 +253,7 @@ def _curve(curve: Mapping[str, Any], plots: Sequence[Path]) -> list[str]:
         against = curve["monotone"]
         parts.append(
             "One dial: the most by which, at one learning rate, a larger budget went with more retention is "
-            f"{_score(against['retention'])}, with less adaptation {_score(against['adaptation'])}; "
+            f"{score(against['retention'])}, with less adaptation {score(against['adaptation'])}; "
             "0 is monotone."
         )
     return parts + [f"![{title}]({path})" for path in plots if path.name == plot_of(curve)]
-
-
-def _prediction(found: Mapping[str, Any]) -> list[str]:
-    parts = [
-        "## Forgetting, predicted",
-        f"Spearman's rank correlation of interference with forgetting over the {found['cells']} cells whose texts "
-        "exercise all that is asked; *others*: over those of arms that are not confined to a null space; *within*: the "
-        "mean over bases, tasks and arms, each by itself. *Safe below*: the interference before the first cell that "
-        f"lost more than {LOST:.0%} of the answers (*none*), and the one up to which at most {ALLOWED[-1]:.0%} of the "
-        "cells lose so much (by isotonic regression), of all cells, of the arms in a null space and of the others. In "
-        "brackets: 95% intervals over resampled variants. *rms* and *mean* are over all modules that any arm adapts; "
-        "one without an adapter counts as zero.",
-    ]
-    rows = [[name.replace("_", " "), *_correlation(own)] for name, own in found["aggregates"].items()]
-    if rows:
-        parts.append(markdown_table(["aggregate", *CORRELATION], rows))
-        arms = list(found["aggregates"]["rms"]["within"])
-        own = [[arm, *(_score(a["within"].get(arm)) for a in found["aggregates"].values())] for arm in arms]
-        header = ["within arm", *(name.replace("_", " ") for name in found["aggregates"])]
-        parts.append(markdown_table(header, own))
-    parts += _settings_tables(found)
-    rows = [
-        [piece, _interval(own["spearman"]), _interval(own["kl"]), _small(own["safe_below"])]
-        for piece, own in found["probes"]["by_piece"].items()
-    ]
-    rows.append(["all together", _interval(found["probes"]["all"]), _interval(found["probes"]["all_kl"]), NONE])
-    header = ["piece", "interference", "divergence", f"interference safe below: {ALLOWED[-1]:.0%}"]
-    parts += ["Probe by probe, over all cells, each with what is lost of its own piece:", markdown_table(header, rows)]
-    return parts
-
-
-CORRELATION = ("across", "others", "within", "safe below: none", f"{ALLOWED[-1]:.0%}", "in a null space", "others'")
-
-
-def _correlation(own: Mapping[str, Any]) -> list[str]:
-    """The cells under ``CORRELATION``."""
-    safe = [*own["safe_below"].values(), own["safe_below_in_null_space"], own["safe_below_others"]]
-    return [
-        *(_interval(own[which]) for which in ("across", "across_others")),
-        _score(own["within_mean"]),
-        *map(_small, safe),
-    ]
-
-
-def _settings_tables(found: Mapping[str, Any]) -> list[str]:
-    header = ["", "cells", *CORRELATION]
-    parts = []
-    rows = [
-        [f"{name}: {kind}", str(own["cells"]), *_correlation(own[kind])]
-        for name, own in found["settings"].items()
-        for kind in ("rms", "kl")
-    ]
-    if rows:
-        parts += ["A base and task at a time:", markdown_table(header, rows)]
-    if found["few"]:
-        rows = [[f"{count} sequences a source", NONE, *_correlation(own)] for count, own in found["few"].items()]
-        parts += [
-            "How few sequences tell as much: interference measured on the first so many of each source, of cells that "
-            "are calibrated on all of them:",
-            markdown_table(header, rows),
-        ]
-    rows = [
-        [
-            name,
-            str(own["cells"]),
-            ", ".join(own["covered"]) or "nothing of it",
-            _interval(own["calibration"]),
-            _interval(own["probes"]),
-            _interval(own["probes_kl"]),
-        ]
-        for name, own in found["calibrations"].items()
-    ]
-    return [
-        *parts,
-        "When the texts are not what is asked: correlation of all forgetting with interference on the calibration's "
-        "own texts, with its mean over the probes, one for each piece, and with the probes' mean divergence:",
-        markdown_table(["calibration", "cells", "exercises", "its texts", "probes", "probes' divergence"], rows),
-    ]
-
-
-def _score(value: float | None) -> str:
-    return NONE if value is None else f"{value:.3f}"
-
-
-def _small(found: Mapping[str, Any]) -> str:
-    """As ``_interval``, of values over decades."""
-    return _interval(found, form=".2g")
-
-
-def _interval(found: Mapping[str, Any], *, form: str = ".3f") -> str:
-    value, low, high = found["value"], found["low"], found["high"]
-    if value is None:
-        return NONE
-    if low is None:
-        return f"{value:{form}}" if found["share"] == 1 else f"{value:{form}} ({found['share']:.0%})"
-    return f"{value:{form}} [{low:{form}}, {high:{form}}]"

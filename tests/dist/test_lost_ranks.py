@@ -57,6 +57,18 @@ def test_a_rank_that_works_alone_is_waited_for(tmp_path: Path) -> None:
     assert started.wait() == [0, 0, 0], started.said()
 
 
+def test_a_rank_that_computes_in_silence_is_waited_for(tmp_path: Path) -> None:
+    """lm-eval on rank 0, while it draws 100,000 samples for a standard error."""
+    started = start(tmp_path, 2, fault="compute", timeout=3)
+    assert started.wait() == [0, 0], started.said()
+
+
+def test_a_rank_that_waits_in_silence_is_not(tmp_path: Path) -> None:
+    started = start(tmp_path, 2, fault="compute nothing", timeout=3)
+    assert started.wait() == [EXIT_RANK_LOST] * 2, started.said()
+    assert "training, step 3 of 5: rank 0 does not go on (alive, but nothing done for " in started.error()
+
+
 def test_all_ranks_hang(tmp_path: Path) -> None:
     """Nothing raises then: the guard has to see it."""
     started = start(tmp_path, 2, fault="stall all", timeout=3)

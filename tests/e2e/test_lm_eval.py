@@ -15,11 +15,14 @@ import yaml
 
 from helpers.launching import TIMEOUT, environment
 from helpers.ranks import run_ranks
+from helpers.stages import started
 from helpers.world import WORDS, make_base, make_recipe, make_texts, words, write_rows, zero_config
 from nslora_dist import dist
+from nslora_dist.errors import UserError
 from nslora_dist.evaluate_adapter import run_evaluation
 from nslora_dist.pipeline import run_training
 from nslora_dist.recipe import Recipe
+from nslora_dist.scoring import log_likelihoods
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'nslora_dist[lm-eval]'"
@@ -153,6 +156,45 @@ def broken(folder: Path) -> str:
     return "nothing"
 
 
+def refused(folder: Path) -> str:
+    try:
+        changes = {"tasks": ("toy_choice",), "include_path": str(folder / "tasks"), "apply_chat_template": True}
+        run_training(job(folder, "single", "chatty", evaluation={"lm_eval": changes}), CPU)
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
+def left_out(folder: Path) -> dict[str, Any]:
+    """A task that fails after training, and the same run without it."""
+    section = {"tasks": ("toy_broken",), "include_path": str(folder / "tasks"), "before": False}
+    try:
+        run_training(job(folder, "single", "mended", evaluation={"lm_eval": section}), CPU)
+    except RuntimeError as error:
+        assert str(error) == "no figure comes of this"
+    assert not (folder / "mended/adapter").exists()
+    run_training(job(folder, "single", "mended", evaluation={"lm_eval": None}), CPU)
+    found: dict[str, Any] = json.loads((folder / "mended/report.json").read_text())
+    return found
+
+
+def scores(folder: Path, engine: str) -> tuple[list[tuple[float, bool]], list[tuple[float, bool]], list[int]]:
+    """Of rows with and without a common beginning: all at once, each by itself, and the rows of the passes."""
+    dice = random.Random(5)
+    beginnings = [[dice.randrange(4, 60) for _ in range(length)] for length in (3, 9, 9, 5, 2)]
+    rows: list[tuple[list[int], int]] = [([*row, end], 1) for row in beginnings[:4] for end in (7, 11, 7, 13)]
+    rows += [([*beginnings[4], 8], 1), ([*beginnings[1], 7, 9], 2), ([*beginnings[0], 40], 1)]
+    dice.shuffle(rows)
+    common: dict[str, Any] = {"batch_size": 2, "pad": 0, "device": CPU, "name": "rows"}
+    passes: list[int] = []
+    with started(job(folder, engine, f"scored_{engine}"), device=CPU) as stage:
+        together = log_likelihoods(stage.engine, rows, **common)
+        alone = [log_likelihoods(stage.engine, [row], **common)[0] for row in rows]
+        kept, stage.engine.matches = stage.engine.matches, lambda b: passes.append(len(b.input_ids)) or kept(b)
+        log_likelihoods(stage.engine, rows, **common)
+    return together, alone, passes
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lm_eval")
@@ -208,6 +250,32 @@ def test_a_task_that_fails_ends_every_rank(world: Path) -> None:
     first, second = run_ranks(broken, 2, world)
     assert first == "RuntimeError: no figure comes of this"
     assert second == "Fault: lm-eval: rank 0 failed: no figure comes of this"
+
+
+def test_a_base_without_a_chat_template_is_told_before_anything_is_done(world: Path) -> None:
+    (said,) = run_ranks(refused, 1, world)
+    assert said.startswith("evaluation.lm_eval.apply_chat_template: the tokenizer in ") and "no chat template" in said
+    assert not (world / "chatty").exists()
+
+
+def test_what_fails_after_training_can_be_left_out(world: Path) -> None:
+    """Else the trained adapter could not be had: nothing of it is on disk but a checkpoint."""
+    (report,) = run_ranks(left_out, 1, world)
+    assert (world / "mended/adapter/adapter_model.safetensors").is_file()
+    assert "lm_eval" not in report["evaluation"]["null_space"] and len(report["losses"]) == 12
+
+
+@pytest.mark.parametrize("engine", ["single", "fsdp2"])
+def test_answers_to_one_question_are_scored_in_one_row(world: Path, engine: str) -> None:
+    """As lm-eval's own model does it; the figures are those of rows by themselves, up to a batch's rounding."""
+    ranks = run_ranks(scores, 1 if engine == "single" else 2, world, engine)
+    for together, alone, _ in ranks:
+        assert [greedy for _, greedy in together] == [greedy for _, greedy in alone]
+        assert [sum_ for sum_, _ in together] == pytest.approx([sum_ for sum_, _ in alone], abs=1e-5)
+        assert len(set(alone)) > 10
+    # 4 questions with 4 or 5 answers, and 2 rows of their own; with two ranks of 2 rows a turn, each has one turn more.
+    assert sum(len(p) for _, _, p in ranks) == (3 if engine == "single" else 4), ranks[0][2]
+    assert ranks[0][0] == ranks[-1][0]
 
 
 def test_lm_eval_s_own_command_gives_the_same_on_the_exported_adapter(world: Path, report: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from helpers.stages import Stage, started
 from helpers.world import make_recipe, zero_config
-from nslora_dist import dist
+from nslora_dist import dist, watch
 from nslora_dist.adapter import adapted_linears
 from nslora_dist.budget import Budget
 from nslora_dist.checkpoint import Checkpoints, identity
@@ -133,7 +133,8 @@ def same(one: Resumed, other: Resumed) -> bool:
 def skipping(layout: str, world: Path, name: str, bad: dict[int, str], changes: dict[str, Any]) -> dict[str, Any]:
     """A training in which the steps ``bad`` meet a loss or a gradient that is not finite; its end and what it left.
 
-    ``loss`` spoils the loss that a rank sees, ``gradient`` the gradient alone, both on the last rank only.
+    ``loss`` spoils the loss that a rank sees, ``gradient`` the gradient alone, both on the last rank only; ``stop``
+    asks for an end there.
     """
     folder = world / name
     with dist.together("preparing"):
@@ -147,6 +148,8 @@ def skipping(layout: str, world: Path, name: str, bad: dict[int, str], changes: 
 
         def micro_batches(step: int, *, rank: int, world_size: int) -> list[Batch]:
             here["step"] = step
+            if bad.get(step) == "stop":
+                watch.ask_stop("SIGTERM")
             return deal(step, rank=rank, world_size=world_size)
 
         def spoilt_forward(batch: Batch) -> Tensor:
@@ -159,6 +162,7 @@ def skipping(layout: str, world: Path, name: str, bad: dict[int, str], changes: 
         stage.data.micro_batches = micro_batches  # type: ignore[method-assign]
         stage.engine.forward, stage.engine.backward = spoilt_forward, spoilt_backward  # type: ignore[method-assign]
         checkpoints = checkpoints_of(stage, folder)
+        checkpoints.look()
         trained, said, snapshots = None, "", {}
         step = stage.engine.step
 

@@ -61,3 +61,19 @@ def test_a_checkpoint_put_off_is_made_up_for(world: Path) -> None:
     assert found["left"] == ["step-4", "step-5"], "step 2 was dropped, 4 is on time"
     found = run_ranks(skipping, 2, "fsdp2-2", world, "made_up", {3: "loss"}, {"checkpoint": {"every": 3}})[0]
     assert found["left"] == ["step-5"]
+
+
+def test_what_stops_behind_a_skipped_step_is_not_lost(world: Path) -> None:
+    """Whether that state is good is not known yet: it is kept, and so are the older ones."""
+    changes = {"checkpoint": {"every": None, "keep_last": 1}}
+    whole = run_ranks(skipping, 2, "fsdp2-2", world, "not_stopped", {3: "loss"}, changes)[0]["trained"]
+    first = run_ranks(skipping, 2, "fsdp2-2", world, "stopped", {3: "loss", 4: "stop"}, changes)[0]
+    assert first["said"].endswith(f"continues from {world / 'stopped' / 'checkpoints' / 'step-4'}")
+    assert first["left"] == ["step-4"]
+    then = run_ranks(skipping, 2, "fsdp2-2", world, "stopped", {}, changes)[0]["trained"]
+    assert (then.losses, then.skipped, then.updates) == (whole.losses, whole.skipped, whole.updates)
+    changes = {"checkpoint": {"every": 2, "keep_last": 1}, "train": {"stop_after_skipped": 2}}
+    again = run_ranks(skipping, 2, "fsdp2-2", world, "older", {3: "loss", 4: "stop"}, changes)[0]
+    assert again["left"] == ["step-2", "step-4"]
+    ended = run_ranks(skipping, 2, "fsdp2-2", world, "older", {4: "loss"}, changes)[0]
+    assert ended["said"].endswith("step-4 was written among them: move it away to go on from an older one")

@@ -17,6 +17,8 @@ from transformers import (
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -232,6 +234,15 @@ def test_a_model_without_linears_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no linear 'c_attn'.* its layers are Conv1D"):
         nslora_dist.calibrate(model, batches, rank=3, folder=tmp_path / "n", target_modules=["c_attn"])
     assert not (tmp_path / "n").exists()
+
+
+def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path) -> None:
+    """Its attention_mask is the encoder's alone: the decoder's padding would be summed, or the wrong tokens."""
+    model = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=32, d_ff=64, d_kv=8, num_layers=1, num_heads=4))
+    batch = {"input_ids": torch.randint(0, 50, (2, 9)), "decoder_input_ids": torch.randint(0, 50, (2, 5))}
+    for wrapped in (model, Wrapper(model)):
+        with pytest.raises(UserError, match=r"in an encoder-decoder model attention_mask is the encoder's alone"):
+            nslora_dist.calibrate(wrapped, [batch], rank=3, folder=tmp_path / "n")
 
 
 def test_linears_that_do_not_run_are_named() -> None:

@@ -42,13 +42,14 @@ from nslora_dist.merge import run_merge
 from nslora_dist.merge_recipe import MergeBase, MergeRecipe, load_merge_recipe
 from nslora_dist.merge_report import describe_merge
 from nslora_dist.merging import full_model
-from nslora_dist.merging.tasks import read_stored
+from nslora_dist.merging.tasks import read_stored, same_base
 from nslora_dist.provenance import PROVENANCE_FILE, Provenance, read_provenance, write_provenance
 from nslora_dist.recipe_file import load_recipe
 from nslora_dist.update_grams import write_update_grams
 
 CPU = torch.device("cpu")
 ATOL = 2e-5
+ANY_BASE: dict[str, Any] = {"allow_mismatch": ["base"]}
 """Of logits of the order of 1 in float32: W x + B(A x) is summed in another order than (W + BA) x."""
 
 
@@ -328,6 +329,33 @@ def test_flat_signal_is_in_the_report(tmp_path: Path) -> None:
     assert read_adapter(tmp_path / "out/adapter")[0][FIRST["vit"]].rank == 4  # and still the exact sum
 
 
+def test_a_base_that_an_adapter_does_not_name_is_refused(tmp_path: Path) -> None:
+    """PEFT's own adapters carry no fingerprint: merged into another base of the same shapes they would be garbage."""
+    base = make_model(tmp_path / "base", "llama")
+    for seed, name in enumerate("ab"):
+        make_adapter(tmp_path / name, base, "llama", seed=seed)
+        edit_config(tmp_path / name, base_model_name_or_path="org/Base-Instruct")
+    for output in ("adapter", "model"):
+        with pytest.raises(UserError, match=r"adapters\.a says that it was trained on org/Base-Instruct; .*\[base\]"):
+            merge(tmp_path, tmp_path / "out", output=output)
+    merge(tmp_path, tmp_path / "allowed", allow_mismatch=["base"])
+    for named in ("org/Base", "org/base"):  # a copy of the hub's, in a folder of that name
+        for name in "ab":
+            edit_config(tmp_path / name, base_model_name_or_path=named)
+        merge(tmp_path, tmp_path / named.replace("/", "_"))
+    assert same_base("org/x", "/cache/models--org--x/snapshots/0a1b")
+    assert not same_base("org/x", "/cache/models--org--xy/snapshots/0a1b")
+
+
+def test_coefficients_that_are_too_large_are_named(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", "llama")
+    for seed, name in enumerate("ab"):
+        make_adapter(tmp_path / name, base, "llama", seed=seed)
+    for changes in ({}, {"method": "svd", "target_rank": 3}):
+        with pytest.raises(UserError, match=r"the merged factors are not finite; lower the adapters' coefficients"):
+            merge(tmp_path, tmp_path / "out", coefficients={"a": 1e39, "b": 1.0}, **changes)
+
+
 def test_provenance_is_compared_and_passed_on(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", "llama")
     for seed, name in enumerate("ab"):
@@ -534,7 +562,7 @@ def test_existing_output_is_left_alone(sound: Path, tmp_path: Path) -> None:
 
 def test_failure_while_writing_leaves_nothing(sound: Path, tmp_path: Path) -> None:
     """The base of another size is noticed when its first tensor is to be changed."""
-    made = recipe(sound / "wide", {n: sound / n for n in "ab"}, tmp_path / "out", output="model")
+    made = recipe(sound / "wide", {n: sound / n for n in "ab"}, tmp_path / "out", output="model", **ANY_BASE)
     with pytest.raises(UserError, match=r"'model\..*' is \(128, 128\), the adapters' update \(64, 128\)"):
         run_merge(made, CPU)
     assert not list(tmp_path.iterdir())
@@ -617,11 +645,13 @@ def test_a_full_model_s_files_are_fetched_with_its_weights(tmp_path: Path, monke
 
 def test_nsc_on_a_base_that_is_not_theirs(sound: Path, tmp_path: Path) -> None:
     inputs = write_inputs(tmp_path, "llama")
-    made = recipe(sound / "wide", {n: sound / n for n in "ab"}, tmp_path / "out", method="nsc", inputs=inputs)
+    made = recipe(
+        sound / "wide", {n: sound / n for n in "ab"}, tmp_path / "out", method="nsc", inputs=inputs, **ANY_BASE
+    )
     with pytest.raises(UserError, match=r"q_proj is \(64, 128\), the adapters' update is \(64, 64\)"):
         run_merge(made, CPU)
     bert = make_model(tmp_path / "bert", "bert")
-    made = recipe(bert, {n: sound / n for n in "ab"}, tmp_path / "out", method="nsc", inputs=inputs)
+    made = recipe(bert, {n: sound / n for n in "ab"}, tmp_path / "out", method="nsc", inputs=inputs, **ANY_BASE)
     with pytest.raises(UserError, match=r"has no linear 'model\.layers"):
         run_merge(made, CPU)
 

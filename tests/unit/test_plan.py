@@ -221,20 +221,20 @@ def test_70b_fits_eight_large_gpus_and_not_two(large: tuple[Recipe, Shapes]) -> 
 
 def test_remedies_come_in_order(toy: tuple[Recipe, Shapes]) -> None:
     recipe, shapes = toy
-    tried = [what.split("=")[0].split()[0] for what, _, _ in remedies(recipe, replace(GPU, gpus=2))]
+    sharded = changed(recipe, engine__name="fsdp2")
+    tried = [what.split("=")[0].split()[0] for what, _, _ in remedies(sharded, replace(GPU, gpus=2))]
     assert tried == [
         "train.activation_checkpointing",
         "train.micro_batch_size",
         "calibration.batch_size",
         "calibration.hidden_states",
         "calibration.solver.placement",
-        "engine.name",
         "base_model.quantization",
         "--gpus",
         "--gpus",
         "engine.name",
     ]
-    hopeless = make_plan(recipe, shapes, replace(GPU, gpus=2, gpu_memory=1e9))
+    hopeless = make_plan(sharded, shapes, replace(GPU, gpus=2, gpu_memory=1e5, context=0.0))
     assert "nothing tried fits" in advise(hopeless)[-1]
 
 
@@ -270,9 +270,13 @@ def test_check_names_the_figure(toy: tuple[Recipe, Shapes], monkeypatch: pytest.
 
 def test_a_check_asks_for_a_batch_that_divides_only_where_it_is_trained_with(toy: tuple[Recipe, Shapes]) -> None:
     recipe, shapes = toy
+    sharded = changed(recipe, engine__name="fsdp2")
     for phase in ("load", "calibrate"):
-        check(recipe, phase, world_size=3, device=torch.device("cpu"), shapes=shapes)
+        for one in (recipe, sharded):
+            check(one, phase, world_size=3, device=torch.device("cpu"), shapes=shapes)
     with pytest.raises(UserError, match="global_batch_size 8 is no multiple"):
+        check(sharded, "train", world_size=3, device=torch.device("cpu"), shapes=shapes)
+    with pytest.raises(UserError, match="engine.name single runs in one process, not on 3 ranks"):
         check(recipe, "train", world_size=3, device=torch.device("cpu"), shapes=shapes)
 
 
@@ -307,6 +311,15 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
         ("--gpus 3", "is no multiple of micro_batch_size"),
         ("--gpus 0", "--gpus 0: a whole number from 1"),
         ("--gpus 2.5", "--gpus 2.5: a whole number from 1"),
+        ("--steps -3", "'-3' is no quantity"),
+        ("--steps 2.5", "--steps 2.5: a whole number from 1"),
+        ("--gpus 8 engine.name=single", "engine.name single runs in one process, not on 8 ranks"),
+        ("--flops 0", "--flops 0: dense matrix rate of a GPU in the compute dtype, per second; wanted is above 0"),
+        ("--efficiency 40", "wanted is above 0, at most 1"),
+        ("--overlap 3", "wanted is from 0, at most 1"),
+        ("--gpu-memory 1GB", "--gpu-memory 1e+09: nothing is left of it beside --context 1.5e+09"),
+        ("--sweep /nowhere/x.csv", "--sweep /nowhere/x.csv: there is no folder /nowhere"),
+        ("--plot x.foo", "--plot x.foo: wanted is a name that ends in .png, .pdf, .svg"),
         ("--gpu-memory much", "'much' is no quantity"),
         ("train.nonsense=1", "unknown key"),
     ],
@@ -315,6 +328,18 @@ def test_command_refuses(arguments: str, message: str, capsys: pytest.CaptureFix
     assert main(["--recipe", "llama3_70b_math", *arguments.split()]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_sweep_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--recipe", "tiny_math", "--gpus", "2", "--sweep", str(tmp_path)]) == 2
+    assert f"error: --sweep {tmp_path}: cannot be written" in capsys.readouterr().err
+
+
+def test_a_micro_batch_that_the_recipe_forbids_is_not_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    """A baseline's global batch has to divide by it, too; before, the plan ended with pydantic's traceback."""
+    assert main(["--recipe", "tiny_math", "evaluation.baselines.lora.train.global_batch_size=16"]) == 0
+    said = capsys.readouterr().out
+    assert "largest train.micro_batch_size that fits: 16 (" in said
 
 
 def test_knobs_are_read(tmp_path: Path) -> None:

@@ -211,6 +211,7 @@ def test_a_bad_override_is_named(tmp_path: Path, override: str, said: str) -> No
         ("train={learning_rate: x}", "train.learning_rate"),
         ("train.epochs=1", "train"),
         ("calibration.sources.facts.wieght=1", "calibration.sources.facts.wieght"),
+        ("evaluation.baselines.lora.adapter.rnk=3", "evaluation.baselines.lora"),
     ],
 )
 def test_what_the_command_line_says_is_not_the_recipe_s_fault(tmp_path: Path, override: str, key: str) -> None:
@@ -249,6 +250,13 @@ def test_paths_count_from_the_recipe_and_on_the_command_line_from_here(
     assert recipe.calibration.sources["facts"].path == str(tmp_path / "facts.jsonl")
     assert load_recipe(write(tmp_path)).data.path == "some/dataset"
     assert load_recipe(write(tmp_path)).output_dir == "runs/mine"
+
+
+def test_the_folder_follows_the_name() -> None:
+    assert load_recipe("tiny_math", ["name=second"]).output_dir == "runs/second"
+    assert load_recipe("tiny_math", ["name=second", "output_dir=here"]).output_dir == "here"
+    with pytest.raises(UserError, match="^name: "):
+        load_recipe("tiny_math", ["name=3"])
 
 
 def test_no_such_recipe_names_the_nearest() -> None:

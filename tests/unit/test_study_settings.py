@@ -105,7 +105,32 @@ def test_a_choice_is_tried_on_the_seed_that_had_no_part_in_it() -> None:
     lines = frozen_a(dict.fromkeys((0, 1, 2), rates), lambda rate, seed: (1.0, 0.9 if rate == rates[seed] else 0.6))
     fresh = on_fresh_seeds(lines, lines, target=0.95)
     assert (fresh["seeds"], fresh["adaptation"], fresh["retention"]["value"]) == (3, 1.0, pytest.approx(0.6))
-    assert fresh["chosen_on"] == [0, 1, 2]
+    assert fresh["chosen_on"] == [0, 1, 2] and fresh["reached"] == 3
+
+
+def test_a_choice_that_reaches_no_target_is_told_from_one_that_does() -> None:
+    """Two seeds learn nothing at the second rate: with any pair of them the fallback stands, which looks at no loss."""
+    rates = (1e-3, 2.5e-3)
+    scores = {(2.5e-3, 0): (1.0, 0.9), (2.5e-3, 1): (0.0, 0.9), (2.5e-3, 2): (0.0, 0.9)}
+    lines = frozen_a(dict.fromkeys((0, 1, 2), rates), lambda rate, seed: scores.get((rate, seed), (0.6, 0.1)))
+    fresh = on_fresh_seeds(lines, lines, target=0.5)
+    assert (fresh["seeds"], fresh["reached"]) == (3, 3)
+    assert on_fresh_seeds(lines, lines, target=0.7)["reached"] == 0
+
+
+def test_the_yardstick_is_of_the_arms_that_are_compared() -> None:
+    """One with twice the parameters and one seed would ask of everybody what none of them has to learn."""
+    study = load_study("frontier")
+    lines = [
+        cell_line(cell, 1.0 if cell.arm == "lora_r16" else 0.9, 0.8)
+        for cell in cells_of(study)
+        if (cell.size, cell.task, cell.calibration, cell.seed) == ("1m", "minimum", "all", 0)
+        and cell.arm in ("lora_r16", "lora_frozen_a")
+    ]
+    (setting,) = analyse(lines, study)["settings"]
+    assert setting["best_adaptation"] == 0.9
+    alone = [line for line in lines if line["arm"] == "lora_r16"]
+    assert analyse(alone, study)["settings"][0]["best_adaptation"] == 1.0
 
 
 def test_seeds_with_the_chosen_setting_alone_count_too() -> None:

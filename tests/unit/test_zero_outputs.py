@@ -11,6 +11,7 @@ from helpers.stages import CPU
 from helpers.world import change_weights, make_base, make_recipe, make_texts
 from nslora_dist.card import interference_tables
 from nslora_dist.effects import Effect, interference, summarise
+from nslora_dist.errors import UserError
 from nslora_dist.pipeline import Run
 
 ZERO = ("model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj")
@@ -35,6 +36,11 @@ def test_a_run_leaves_them_out_of_its_figures(tmp_path: Path, caplog: pytest.Log
         assert len(found["per_module"]) == 12 and not found["per_module"].keys() & set(ZERO), arm
         assert 0 < found["rms"] <= found["max"] < 100 and found["by_probe"]["p"]["max"] > 0
     assert Run(job, CPU).train()["interference_by_arm"] == report["interference_by_arm"]  # from disk
+
+    budget = make_recipe(tmp_path, base, tmp_path / "budget", adapter={"interference_budget": 0.05})
+    with pytest.raises(UserError, match=r"leave o_proj out of adapter\.target_modules, in every block, or go without"):
+        Run(budget, CPU).train()
+    assert not (tmp_path / "budget/checkpoints").exists() and (tmp_path / "budget/null_space").exists()
 
 
 def test_nothing_is_measurable() -> None:
