@@ -42,10 +42,8 @@ def check(
     local = world_size if ranks_per_node is None else ranks_per_node
     shapes = shapes_of(recipe) if shapes is None else shapes
     cluster = Cluster(gpus=world_size, gpus_per_node=local, interpreter=0.0)
-    if phase in (
-        "load",
-        "calibrate",
-    ):  # no batch has to divide over these ranks, nor an engine shard: nothing may train
+    # No batch has to divide over these ranks, nor an engine shard: nothing may be trained on them.
+    if phase in ("load", "calibrate"):
         engine = recipe.engine.model_copy(update={"name": "fsdp2"}) if recipe.engine.name == "single" else recipe.engine
         recipe = recipe.model_copy(update={"train": recipe.train.fitting(world_size), "engine": engine})
     wanted = make_plan(recipe, shapes, cluster).phase(phase)
