@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 _PLACE = "_nslora_place"
+OUTSIDE = ("starting", "between two phases")
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Current:
 
 
 class _State:
-    frames: tuple[_Frame, ...] = (_Frame("starting", time.monotonic()),)
+    frames: tuple[_Frame, ...] = (_Frame(OUTSIDE[0], time.monotonic()),)
     count = 0
     waiting = False
     stop: str | None = None
@@ -50,8 +51,8 @@ _state = _State()
 def phase(name: str) -> Iterator[None]:
     """Names what follows, for logs, heartbeats and messages; phases nest, and the innermost one's progress is shown."""
     before = _state.frames
-    # "starting" is what a rank does before its first phase, and no part of any.
-    outer = before if before[0].name != "starting" else ()
+    # What a rank does before its first phase, and between two, is no part of any.
+    outer = before if before[0].name not in OUTSIDE else ()
     _state.frames = (*outer, _Frame(name, time.monotonic()))
     _state.count += 1
     try:
@@ -61,7 +62,7 @@ def phase(name: str) -> Iterator[None]:
             setattr(error, _PLACE, _state.frames)  # what is said about it, further out, names the place
         raise
     finally:
-        _state.frames = before
+        _state.frames = outer or (_Frame(OUTSIDE[1], time.monotonic()),)
         _state.count += 1
 
 
@@ -152,7 +153,7 @@ def why_stop() -> str:
 
 def reset() -> None:
     """Forgets everything, for the next run in one process."""
-    _state.frames, _state.count = (_Frame("starting", time.monotonic()),), 0
+    _state.frames, _state.count = (_Frame(OUTSIDE[0], time.monotonic()),), 0
     _state.stop = _state.saved = None
 
 
