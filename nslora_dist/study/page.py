@@ -125,9 +125,9 @@ class Figures:
         """Under the arm's frontier."""
         return _value(self.arm(*where)["area"])
 
-    def kept(self, *where: Any, share: float = 0.95) -> float | None:
+    def kept(self, *where: Any, share: float = 0.95, calibration: str = "all") -> float | None:
         """Retention at that share of the best adaptation."""
-        return _value(self.arm(*where)["retention_at"][f"{share:g}"])
+        return _value(self.arm(*where, calibration=calibration)["retention_at"][f"{share:g}"])
 
     def learned_at_most(self, size: str, task: str, name: str, *, calibration: str = "all") -> float:
         """The most that an arm learns at any of its settings, on average over its seeds."""
