@@ -87,7 +87,7 @@ def _check_base(recipe: MergeRecipe, tasks: Sequence[Task]) -> None:
         return
     carried = [task for task in tasks if task.provenance is not None]
     for task in tasks:
-        if task not in carried and task.base_name and not same_base(task.base_name, recipe.base_model.path):
+        if task.provenance is None and task.base_name and not same_base(task.base_name, recipe.base_model.path):
             raise UserError(
                 f"base_model.path {recipe.base_model.path}: adapters.{task.name} says that it was trained on "
                 f"{task.base_name}; give that one, or allow_mismatch: [base] where this is the same under another name"

@@ -177,9 +177,9 @@ class Run:
         claim_folder(recipe)
         null_space = self.null_space() if recipe.adapter.method == "lora_null" else None
         arms = {recipe.arm_name: recipe, **baselines}
-        for arm in arms.values():
-            if null_space is not None and arm.adapter.method == "lora_null" and arm.adapter.interference_budget:
-                check_references(null_space)
+        calibrated = [arm.adapter for arm in arms.values() if arm.adapter.method == "lora_null"]
+        if null_space is not None and any(adapter.interference_budget for adapter in calibrated):
+            check_references(null_space)
         # Before any training too: a threshold that leaves no null space is the user's to mend.
         weights = {name: found for name, arm in arms.items() if (found := self.weight_null_space(arm)) is not None}
         report: dict[str, Any] = {

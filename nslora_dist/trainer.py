@@ -222,12 +222,13 @@ def _skipped(result: Trained, where: str, *, section: TrainSection, checkpoints:
             log.warning("training: step %d is skipped, its %s; %d in a row", step, what, count)
         return
     since = f"step {step}: its" if count == 1 else f"step {step - count + 1} and the {count - 1} after it: the"
-    saved = checkpoints is not None and checkpoints.last is not None
-    kept = f"; the last good state is {watch.continues_from()}" if saved else ""
-    if (
-        checkpoints is not None and (checkpoints.last or 0) > step - count
-    ):  # written where the job was stopped among them
+    saved = None if checkpoints is None else checkpoints.last
+    if saved is None:
+        kept = ""
+    elif saved > step - count:  # where the job was stopped among them
         kept = f"; {watch.continues_from()} was written among them: move it away to go on from an older one"
+    else:
+        kept = f"; the last good state is {watch.continues_from()}"
     raise UserError(
         f"training, {since} {what}; lower train.learning_rate, use base_model.dtype=float32, or mend those rows{kept}"
     )

@@ -81,7 +81,8 @@ def progress(text: str) -> None:
 def working(*, every: float = 5.0) -> Iterator[None]:
     """Progress as long as this process computes, for long work in code of other people that says nothing.
 
-    Where it only waits, on a lock or on a network, it shows none, and the guard still finds that it hangs.
+    Where it only waits, on a lock, on a network or, with a busy processor, on a GPU for other ranks (``waiting``), it
+    shows none, and the guard still finds that it hangs.
 
     Args:
         every: seconds; a tenth of them on a processor is work, which what looks after this process does not come to.
@@ -92,7 +93,7 @@ def working(*, every: float = 5.0) -> Iterator[None]:
         worked = time.process_time()
         while not done.wait(every):
             before, worked = worked, time.process_time()
-            if worked - before > every / 10:
+            if worked - before > every / 10 and not _state.waiting:
                 _state.count += 1
 
     thread = threading.Thread(target=look, daemon=True)

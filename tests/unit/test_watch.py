@@ -50,6 +50,21 @@ def test_phases_nest_and_progress_belongs_to_the_innermost() -> None:
     assert watch.current().phase == "between two phases" and watch.current().seconds < 60
 
 
+def test_computing_is_progress_unless_a_rank_waits_for_others() -> None:
+    def compute(seconds: float) -> int:
+        before, until = watch.current().count, time.monotonic() + seconds
+        while time.monotonic() < until:
+            pass
+        return watch.current().count - before
+
+    with watch.working(every=0.2):
+        while not compute(1.0):  # this process may get less of a processor than that
+            pass
+        with watch.waiting():  # on a GPU, spinning
+            time.sleep(0.3)
+            assert compute(1.0) == 0
+
+
 def test_a_failure_remembers_where_it_was() -> None:
     with pytest.raises(KeyError) as caught, watch.phase("outer"):
         watch.progress("step 1")
