@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from nslora_dist.study.coverage import coverage
 from nslora_dist.study.fresh import on_fresh_seeds
 from nslora_dist.study.points import chosen_of, grouped, most_retention, points, relative_retention, variant
 from nslora_dist.study.settings import Line, Planned, Setting, over_same_seeds, planned_settings, setting_of
@@ -36,7 +37,8 @@ def analyse(lines: Sequence[Line], study: Study) -> dict[str, Any]:
         ``cells``; ``compared``, the arms of the first grid that compares methods; ``settings``, one entry a size, task
         and calibration (an arm that no calibration shapes stands in each), with the best adaptation of all and the
         figures of every arm and variant; ``sweeps``, one entry a grid along weight decay, size and task, with those of
-        its variants; ``curves``, one entry a grid that varies something else than the method, size and task.
+        its variants; ``curves``, one entry a grid that varies something else than the method, size and task; ``run``,
+        what was run of what is planned (``coverage``).
     """
     planned, settings, learned = planned_settings(study), [], {}
     compared = next((list(grid.arms) for grid in study.grids.values() if grid.along is None), [])
@@ -71,6 +73,7 @@ def analyse(lines: Sequence[Line], study: Study) -> dict[str, Any]:
         "settings": settings,
         "sweeps": sweeps(lines, study, learned),
         "curves": curves(lines, study),
+        "run": coverage(lines, study),
     }
 
 

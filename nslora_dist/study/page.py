@@ -16,6 +16,7 @@ import numpy as np
 
 from nslora_dist import artifacts
 from nslora_dist.errors import UserError
+from nslora_dist.study.analysis import whole_arms
 from nslora_dist.study.points import forgetting, grouped, points, relative_retention
 from nslora_dist.study.settings import Line
 
@@ -72,6 +73,7 @@ def text_of_page(template: Path, figures: "Figures") -> str:
 
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
     environment.filters |= {"n": number, "n2": lambda value: number(value, 2), "percent": lambda value: f"{value:.0%}"}
+    environment.filters["rate"] = rate
     try:
         asked = environment.from_string(template.read_text(encoding="utf-8"))
         text = asked.render(figures.names())
@@ -88,9 +90,15 @@ def number(value: float | None, digits: int = 3) -> str:
     return text[1:] if text.startswith("0.") else text
 
 
+def rate(value: float) -> str:
+    """1.5e-2, as a recipe has it."""
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
+
+
 @dataclass(frozen=True)
 class Figures:
-    """What a template may call; numbers come back as numbers, for the filters ``n``, ``n2`` and ``percent``.
+    """What a template may call; numbers come back as numbers, for the filters ``n``, ``n2``, ``percent`` and ``rate``.
 
     Attributes:
         found: ``summary.json``.
@@ -134,10 +142,19 @@ class Figures:
         variants = self._entry((size, task, calibration))["variants"].values()
         return max(float(own["best_adaptation"]) for own in variants if own["arm"] == name)
 
-    def band(self, *where: Any) -> str:
-        """Decades of learning rates that are safe."""
-        own = self.arm(*where)
-        return f"{'' if own['band_ends'] else 'at least '}{number(own['band'], 2)}"
+    def band(self, size: str, task: str, name: str) -> str:
+        """Decades of learning rates that are safe, with the arm's weight decay that has most of them."""
+        variants = self._entry((size, task, "all"))["variants"].values()
+        own = max((own for own in variants if own["arm"] == name), key=lambda own: float(own["band"]))
+        return f"{'' if own['band_ends'] else '≥ '}{number(own['band'], 2)}" if own["band"] >= 0.005 else "0"
+
+    def compared_on(self) -> list[tuple[str, str]]:
+        """The bases and tasks whose frontiers are compared with all texts, as (size, task)."""
+        return [(e["size"], e["task"]) for e in self.found["settings"] if e["calibration"] == "all"]
+
+    def whole(self, size: str, task: str) -> dict[str, Any]:
+        """The compared arms of which all was run there, by name."""
+        return whole_arms(self._entry((size, task, "all")), self.found["compared"])
 
     def fresh(self, *where: Any, learned: bool = False) -> float | None:
         """What the other seeds' choice keeps, or has learned, on a seed that had no part in it."""
@@ -209,10 +226,13 @@ class Figures:
         """Over these cells."""
         return min(_score(line, score) for line in self.cells(**where))
 
-    def kept_at(self, size: str, task: str, name: str, adaptation: float, **where: Any) -> float:
-        """Most retention of an arm's settings that learn so much, of the cells with these settings besides."""
-        own = points(self.cells(size=size, task=task, arm=name, calibration="all", **where))
-        return max(float(p["retention"]) for p in own if p["adaptation"] >= adaptation - 1e-12)
+    def kept_at(self, size: str, task: str, name: str, adaptation: float) -> float | None:
+        """Most retention of an arm's settings that learn so much, over the seeds that it is compared with."""
+        entry = self._entry((size, task, "all"))
+        seeds = entry["arms"][name]["seeds"]
+        own = (p for found in entry["variants"].values() if found["arm"] == name for p in found["points"])
+        reached = (float(p["retention"]) for p in own if p["seeds"] == seeds and p["adaptation"] >= adaptation - 1e-12)
+        return max(reached, default=None)
 
     def fixed(self, name: str, rate: float, decay: float) -> dict[str, float]:
         """One setting of an arm on every base and task that it was run on with all texts: nothing is tuned.

@@ -7,6 +7,7 @@ from typing import Any
 from nslora_dist import artifacts
 from nslora_dist.card import markdown_table
 from nslora_dist.study.analysis import COSTS, KEEPS, SHARES, analyse, of_first_calibration, plot_of, whole_arms
+from nslora_dist.study.coverage import coverage_table
 from nslora_dist.study.lines import round_floats
 from nslora_dist.study.plots import draw_study
 from nslora_dist.study.prediction import predict
@@ -61,6 +62,7 @@ def text_of(found: Mapping[str, Any], *, name: str, missing: int, plots: Sequenc
         parts += _curve(curve, plots)
     parts += prediction_text(found["prediction"])
     parts += [f"![{path.stem}]({path})" for path in plots if path.stem in ("prediction", "probes")]
+    parts += ["## What was run", RUN, coverage_table(found["run"])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -77,6 +79,12 @@ HOW = (
     f"adaptation is reached and {KEEPS:.0%} of the knowledge kept; ≥ where it goes on at the end of the rates that "
     "were run. *s*, *cpu s*: of a cell, by the clock and of the processor. Methods of this repository are set in bold; "
     "rows are in the order of their area."
+)
+
+
+RUN = (
+    "Cells by grid, one number a seed: 135 × 3 are 135 cells with each of three seeds, 15 + 15 + 0 of 15 × 3 lack one "
+    "seed. A cell that several grids share counts in each."
 )
 
 

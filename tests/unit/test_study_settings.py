@@ -7,6 +7,7 @@ import pytest
 
 from nslora_dist.study.analysis import analyse
 from nslora_dist.study.cells import Cell, cells_of
+from nslora_dist.study.coverage import coverage, coverage_table
 from nslora_dist.study.fresh import on_fresh_seeds, to_confirm
 from nslora_dist.study.settings import over_same_seeds, planned_settings, setting_of
 from nslora_dist.study.spec import load_study
@@ -59,7 +60,7 @@ def test_what_is_planned_is_the_arms_own_where_a_grid_has_it() -> None:
 def cell_line(cell: Cell, adaptation: float, retention: float) -> dict[str, Any]:
     """A line of a cell as ``run_cell`` leaves it, as far as methods are compared."""
     return (
-        {key: getattr(cell, key) for key in ("grids", "size", "task", "calibration", "arm", "seed")}
+        {key: getattr(cell, key) for key in ("id", "grids", "size", "task", "calibration", "arm", "seed")}
         | {"learning_rate": cell.learning_rate, "weight_decay": cell.weight_decay, "covered": [], "budget": None}
         | {"method": "lora", "matched": "parameters", "rank": 16, "trained_parameters": 1, "diverged": None}
         | {"adaptation": adaptation, "retention": retention, "retention_by": {"sum": 1.0}}
@@ -206,3 +207,22 @@ def test_a_dial_is_judged_on_the_same_seeds_at_every_budget() -> None:
     (curve,) = analyse(lines, study)["curves"]
     assert curve["monotone"] == {"retention": 0.0, "adaptation": 0.0}
     assert {point["seeds"] for point in curve["points"]} == {1}
+
+
+def test_what_was_run_is_counted_by_grid_task_and_seed() -> None:
+    study = load_study("frontier")
+    cells = [c for c in cells_of(study) if (c.size, c.task, c.arm) == ("1m", "new_facts", "delta")]
+    run = [c for c in cells if "mixing" in c.grids or ("rank" in c.grids and c.seed == 0)]
+    found = coverage([{"id": cell.id} for cell in run], study)
+    of = {(entry["grid"], entry["size"], entry["task"]): entry for entry in found}
+    assert of["mixing", "1m", "new_facts"] == {"grid": "mixing", "size": "1m", "task": "new_facts"} | {
+        "run": [15, 15, 15],
+        "planned": [15, 15, 15],
+    }
+    # Grid mixing has the delta form of rank 16 on all texts, whose cells count wherever else they belong.
+    assert of["rank", "1m", "new_facts"]["run"] == [3, 3, 3]
+    assert of["frontier", "1m", "new_facts"]["run"] == [3, 3, 3] and not any(of["texts", "1m", "minimum"]["run"])
+    rows = coverage_table(found).splitlines()
+    assert rows[0] == "| grid | base | difference | minimum | new facts |"
+    assert "| mixing | 1m |  |  | 15 × 3 |" in rows
+    assert next(row for row in rows if row.startswith("| rank | 1m |")) == "| rank | 1m |  | – | 3 + 3 + 3 of 15 × 3 |"
