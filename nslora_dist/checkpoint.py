@@ -137,7 +137,7 @@ class Checkpoints:
         """Whether a checkpoint of ``step`` is to be started now; a late one is made up for as soon as there is room."""
         every = self.section.every
         self._late = self._late or (every is not None and step % every == 0)
-        return self._late and self._writing is None and step != self.last
+        return self._late and self._writing is None
 
     def start(self, engine: Engine, step: int, facts: dict[str, Any], *, good: bool = True) -> None:
         """Copies the state to host memory and begins to write it.

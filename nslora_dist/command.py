@@ -13,7 +13,7 @@ from nslora_dist.quiet import quiet  # before anything that loads PyTorch
 from nslora_dist import dist, logs
 from nslora_dist.dry_run import describe
 from nslora_dist.errors import UserError
-from nslora_dist.guard import described
+from nslora_dist.reasons import described
 from nslora_dist.recipe_file import load_recipe
 
 COMMON = ("recipe", "dry_run", "local_rank", "overrides")

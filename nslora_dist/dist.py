@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nslora_dist import logs, watch
-from nslora_dist.errors import BY_STATUS, EXIT_BUG, Preempted, UserError, storage_error
+from nslora_dist.errors import BY_STATUS, EXIT_BUG, Preempted, UserError, machine_error, storage_error
 from nslora_dist.guard import HEARTBEAT_SECONDS, Guard
-from nslora_dist.meeting import join, launcher_keeps_store
+from nslora_dist.meeting import join, launcher_keeps_store, same_kind
 from nslora_dist.peers import Peers
 
 log = logging.getLogger("nslora_dist")
@@ -85,6 +86,7 @@ def process_group(
         guard.peers = _peers()
         if guard.peers is not None:
             _Groups.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+            same_kind(gather((here.type, socket.gethostname())))
         yield here
         _meet()  # nobody leaves, nor takes the store along, while another is at work
         guard.finish()
@@ -301,7 +303,7 @@ def together(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        failure = storage_error(error) or error
+        failure = storage_error(error) or machine_error(error, what) or error
         if failure is not error:
             failure.__cause__ = error
     if world_size() == 1:

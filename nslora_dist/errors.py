@@ -83,6 +83,30 @@ def unwritable(where: str, error: OSError) -> UserError:
     return StorageError(f"{said}; {remedy} and run the same command again")
 
 
+def machine_error(error: BaseException, where: str) -> UserError | None:
+    """What a person is told of memory that is full, or of GPUs that ranks share; None for any other exception.
+
+    Args:
+        error: any, NCCL's too, whose cause stands in its last lines.
+        where: the phase that it came from.
+    """
+    text = str(error)
+    said = text.strip().partition("\n")[0]
+    if "Duplicate GPU detected" in text:
+        return UserError(
+            f"{where}: two ranks have the same GPU (NCCL: Duplicate GPU detected); start one process a GPU, look at "
+            "CUDA_VISIBLE_DEVICES on every machine"
+        )
+    full = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+    if full or re.search(r"out of memory|can't allocate memory|Cannot allocate memory", text):
+        return UserError(
+            f"{where}: {said or 'no memory is left'}; lower train.micro_batch_size, calibration.batch_size or "
+            "evaluation.batch_size, whichever this phase reads, set train.activation_checkpointing: true, or ask "
+            "launch/plan.py what fits"
+        )
+    return None
+
+
 def storage_error(error: BaseException) -> StorageError | None:
     """What a person is told of a full, read-only, forbidden or broken disk; None for any other exception."""
     if isinstance(error, StorageError):

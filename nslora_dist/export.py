@@ -203,6 +203,11 @@ def read_adapter(folder: Path, *, heads: dict[str, Tensor] | None = None) -> tup
         if match is None and heads is not None and _is_saved_module(key, config):
             heads[key.removeprefix("base_model.model.")] = tensor
             continue
+        if match is None and key.endswith(".base_layer.weight"):
+            raise UserError(
+                f"{path}: '{key}' is a copy of the base's own layer, which PEFT keeps beside an adapted head or "
+                "embedding; save the adapter again with save_pretrained(..., save_embedding_layers=False)"
+            )
         if match is None:
             raise UserError(f"{path}: '{key}' is no LoRA factor of a linear layer; only plain LoRA can be read")
         sides.setdefault(match["module"], {})[match["side"]] = tensor

@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from contextlib import suppress
 from types import FrameType
 from typing import Any
@@ -20,13 +19,12 @@ from nslora_dist.errors import (
     BY_STATUS,
     EXIT_PREEMPTED,
     EXIT_RANK_LOST,
-    Fault,
     Preempted,
     RankLost,
     UserError,
-    storage_error,
 )
 from nslora_dist.peers import Peers, Verdict
+from nslora_dist.reasons import described, is_loss, lost_message
 
 log = logging.getLogger("nslora_dist")
 
@@ -44,32 +42,6 @@ FIRST_SECONDS = 1.5
 """How long rank 0 is given to say what all ranks may have to say."""
 SETTLE_SECONDS = 60.0
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-LOST_WORDS = (
-    "gloo/transport",
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Timed out waiting",
-    "Broken pipe",
-    "NCCL error",
-    "NCCL communicator",
-    "Application timeout caused pair closure",
-)
-
-
-def is_loss(error: BaseException | None) -> bool:
-    """Whether a collective failed because of another rank, as gloo, NCCL or the store say it."""
-    while error is not None:
-        if isinstance(error, UserError):
-            return False
-        if isinstance(error, RuntimeError) and type(error).__module__ in (
-            "torch.distributed",
-            "torch._C._distributed_c10d",
-        ):
-            return True
-        if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_WORDS):
-            return True
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return False
 
 
 def launchers() -> list[tuple[int, int]]:
@@ -316,33 +288,15 @@ class Guard:
             time.sleep(0.1)
         if "imed out" in str(error) or "imeout" in str(error):
             return peers.stalled()
-        return f"the connection to another rank failed, though all are alive: {first_line}"
-
-
-def described(error: BaseException) -> UserError:
-    """What a person is told of ``error``, which no other rank is to blame for; the traceback goes to the log."""
-    if isinstance(error, UserError):
-        return error
-    log.error("%s", error, exc_info=error)
-    stored = storage_error(error)
-    if stored is not None:
-        return stored
-    where, text = logs.path(), str(error).strip().partition("\n")[0]
-    if where is None:
-        logs.say("".join(traceback.format_exception(error)).rstrip())
-    kept = "its traceback is above" if where is None else f"traceback in {where}"
-    return Fault(f"{watch.current()}: {type(error).__name__}: {text} (a fault of this program; {kept})")
+        cause = str(error).rpartition("Last error:")[2] if "Last error:" in str(error) else ""  # NCCL's own words
+        said = "; ".join(line.strip() for line in (first_line, *cause.splitlines()) if line.strip())
+        return f"the connection to another rank failed, though all are alive: {said}"
 
 
 def _note(verdict: Verdict, *, mine: bool) -> None:
     said = verdict.message if mine else f"said by another rank: {verdict.message}"
     level = logging.INFO if verdict.status == EXIT_PREEMPTED else logging.ERROR
     logs.note(f"{said} (exit status {verdict.status})", level=level)
-
-
-def lost_message(found: str) -> str:
-    """The one line about lost or stalled ranks: where this rank was, which ranks, what to do."""
-    return f"{watch.current()}: {found}; run the same command again to continue from {watch.continues_from()}"
 
 
 def _leave_it_to_the_guard(number: int, frame: FrameType | None) -> None:

@@ -20,6 +20,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from nslora_dist import watch
 from nslora_dist.bad_rows import Problem, Tally, judge_text
 from nslora_dist.errors import StorageError, UserError
 from nslora_dist.explain import nearest
@@ -119,6 +120,8 @@ def read_json(
             break
         if not whole and not any(start <= index < end for start, end in ranges):
             continue
+        if read % _BATCH_ROWS == 0:
+            watch.progress(f"{tally.name}, {read} rows read")
         read += 1
         row = source.parse(raw)
         problem = row if isinstance(row, Problem) else rows.judge(row, filled=filled)

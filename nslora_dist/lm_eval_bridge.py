@@ -62,7 +62,8 @@ class LmEval:
                     "false, or take a base that was tuned to chat"
                 )
             if dist.is_main():
-                self.tasks = load_tasks(section, most=_max_length(base, tokenizer))
+                with watch.working():  # data sets may have to be fetched
+                    self.tasks = load_tasks(section, most=_max_length(base, tokenizer))
                 warn_of_settings(generation, self.tasks["tasks"])
                 found = _hash(section)
         self.hash = str(dist.share(found))

@@ -2,12 +2,13 @@
 
 import os
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from nslora_dist.errors import RankLost
+from nslora_dist.errors import RankLost, UserError
 
 
 def join(here: torch.device, timeout_seconds: float) -> None:
@@ -15,10 +16,16 @@ def join(here: torch.device, timeout_seconds: float) -> None:
 
     Raises:
         RankLost: the ranks did not meet in time, or cannot reach each other.
+        UserError: more processes than GPUs on this machine.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     backend = "gloo"
     if here.type == "cuda":
+        if here.index >= torch.cuda.device_count():
+            raise UserError(
+                f"LOCAL_RANK {here.index}: this machine shows {torch.cuda.device_count()} GPUs, one a process; start "
+                "fewer processes on it (--nproc-per-node, --num_gpus), or look at CUDA_VISIBLE_DEVICES"
+            )
         torch.cuda.set_device(here)
         backend = "cuda:nccl,cpu:gloo"
         if world > 1:
@@ -78,3 +85,22 @@ def _of_this_start(store: dist.Store, number: int, world: int, timeout_seconds: 
 def launcher_keeps_store() -> bool:
     """Whether the ranks meet in a store of their launcher's, not of rank 0's."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def same_kind(ranks: Sequence[tuple[str, str]]) -> None:
+    """Refuses ranks of which some see a GPU and others do not: NCCL would wait for the latter, which ask over gloo.
+
+    Args:
+        ranks: every rank's kind of device and machine, by rank.
+
+    Raises:
+        UserError: naming ranks and machines without.
+    """
+    without = {number: machine for number, (kind, machine) in enumerate(ranks) if kind == "cpu"}
+    if 0 < len(without) < len(ranks):
+        which = ", ".join(f"{number} ({machine})" for number, machine in list(without.items())[:8])
+        more = "" if len(without) <= 8 else f" and {len(without) - 8} more"
+        raise UserError(
+            f"{len(without)} of {len(ranks)} ranks see no GPU, the others do: rank {which}{more}; look at nvidia-smi "
+            "and the job's request for GPUs there"
+        )

@@ -62,7 +62,7 @@ def run_merge(recipe: MergeRecipe, device: torch.device) -> None:
     if recipe.method == "gram" and not shared:
         said = (
             "method gram: the adapters' A differ, and each task's Gram is known on the rows of its own A alone; "
-            "its energy elsewhere counts as zero"
+            "elsewhere it is taken to have their mean energy, so the result lies near the tasks' mean"
         )
         report["warnings"].append(said)
         log.info("%s", said)

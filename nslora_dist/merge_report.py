@@ -41,16 +41,31 @@ def draw_profile(path: Path, nsc: Mapping[str, Any]) -> None:
         figure = Figure(figsize=(7.5, 4.4), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
+        every = {block for blocks in nsc["profile"].values() for block in blocks}
+        places = {block: place for place, block in enumerate(sorted(every, key=_in_order))}
         for position, (name, blocks) in enumerate(nsc["profile"].items()):
             color = COLORS[position % len(COLORS)]
             for when, style in (("before", "--"), ("after", "-")):
                 values = [block[when] for block in blocks.values()]
                 label = name if when == "after" else None
-                axes.plot(range(len(values)), values, style, color=color, label=label, marker="o", markersize=3)
+                axes.plot(
+                    [places[block] for block in blocks],
+                    values,
+                    style,
+                    color=color,
+                    label=label,
+                    marker="o",
+                    markersize=3,
+                )
         axes.set(xlabel="block", ylabel="null-space ratio ω", title="before (dashed) and after the search for λ")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
         figure.savefig(path)
+
+
+def _in_order(block: str) -> list[tuple[int, str]]:
+    """Numbers in a block's name as numbers: ``layers.10`` comes behind ``layers.9``."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in block.split(".")]
 
 
 def describe_merge(recipe: MergeRecipe) -> str:

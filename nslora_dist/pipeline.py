@@ -215,7 +215,7 @@ class Run:
         )
         for name, arm in arms.items():
             start = weights.get(name, null_space if _fits(arm, recipe) else None)
-            arm_data = data if arm.train == recipe.train else TrainingData.load(arm.data, arm.train, self.tokenizer)
+            arm_data = data if arm.train == recipe.train else data.dealt_by(arm.train)
             figures = run_arm(Arm(name, arm, start, arm_data), bench, report)
             if arm is recipe:
                 report |= {key: figures[key] for key in ("losses", "grad_norms", "skipped", "tokens_per_second")}

@@ -16,7 +16,7 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from datasets.table import InMemoryTable
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from nslora_dist import dist
+from nslora_dist import dist, watch
 from nslora_dist.bad_rows import Tally
 from nslora_dist.column_rows import judge_rows
 from nslora_dist.errors import UserError
@@ -147,7 +147,7 @@ def load_rows(section: Texts | PromptSet, fields: Sequence[str], *, name: str, f
 def from_rank0(make: Callable[[], T]) -> T:
     """Rank 0's ``make()`` on every rank: what ranks compute from it then agrees, and files are read once.
 
-    Every rank must call it.
+    Every rank must call it. The others wait for as long as rank 0 computes, or fetches what it reads.
 
     Raises:
         UserError: on every rank, where rank 0 could not make it.
@@ -155,7 +155,8 @@ def from_rank0(make: Callable[[], T]) -> T:
     made: T | None = None
     with dist.together("reading data"):
         if dist.is_main():
-            made = make()
+            with watch.working():
+                made = make()
     return dist.share(made)  # type: ignore[return-value]
 
 
@@ -228,6 +229,7 @@ def _read_dataset(
     read = 0
     most = len(rows) if limit is None else limit
     for start in range(0, len(rows), _JUDGED):
+        watch.progress(f"{name}, {start} rows read")
         problems, lengths = judge_rows(rows, range(start, min(start + _JUDGED, len(rows))), filled=filled)
         for index, (problem, length) in enumerate(zip(problems, lengths, strict=True), start=start):
             if len(kept) == most:

@@ -79,16 +79,16 @@ def log_likelihoods(
         ]
 
     in_turns: dict[str, Any] = {"key": lambda row: len(row[0]), "batch_size": batch_size, "name": name}
-    alike: dict[tuple[int, ...], list[int]] = {}
+    alike: dict[bytes, list[int]] = {}
     for number, (tokens, scored) in enumerate(rows):
-        if scored == 1:
-            alike.setdefault(tuple(tokens[:-1]), []).append(number)
-    shared = {before: numbers for before, numbers in alike.items() if len(numbers) > 1}
-    together = {number for numbers in shared.values() for number in numbers}
+        if scored == 1:  # bytes: of the tens of thousands of rows of a task, tuples of numbers would fill a node
+            alike.setdefault(np.asarray(tokens[:-1], np.int64).tobytes(), []).append(number)
+    shared = [numbers for numbers in alike.values() if len(numbers) > 1]
+    together = {number for numbers in shared for number in numbers}
     alone = [number for number in range(len(rows)) if number not in together]
     answers = dict(zip(alone, _in_turns([rows[number] for number in alone], score, **in_turns), strict=True))
-    offered = [(before, [int(rows[number][0][-1]) for number in numbers]) for before, numbers in shared.items()]
-    for numbers, found in zip(shared.values(), _in_turns(offered, offer, **in_turns), strict=True):
+    offered = [(rows[numbers[0]][0][:-1], [int(rows[number][0][-1]) for number in numbers]) for numbers in shared]
+    for numbers, found in zip(shared, _in_turns(offered, offer, **in_turns), strict=True):
         answers |= zip(numbers, found, strict=True)
     return [answers[number] for number in range(len(rows))]
 

@@ -6,10 +6,12 @@ Plain values that the main thread writes, or threads that it waits for, and othe
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 _PLACE = "_nslora_place"
+_WRITES = 64 * 2**10
+"""Bytes written to files between two looks that are work: a download, which costs a processor next to nothing."""
 OUTSIDE = ("starting", "between two phases")
 
 
@@ -79,7 +81,7 @@ def progress(text: str) -> None:
 
 @contextmanager
 def working(*, every: float = 5.0) -> Iterator[None]:
-    """Progress as long as this process computes, for long work in code of other people that says nothing.
+    """Progress as long as this process computes or writes, for long work in code of other people that says nothing.
 
     Where it only waits, on a lock, on a network or, with a busy processor, on a GPU for other ranks (``waiting``), it
     shows none, and the guard still finds that it hangs.
@@ -90,11 +92,12 @@ def working(*, every: float = 5.0) -> Iterator[None]:
     done = threading.Event()
 
     def look() -> None:
-        worked = time.process_time()
+        before = time.process_time(), _written()
         while not done.wait(every):
-            before, worked = worked, time.process_time()
-            if worked - before > every / 10 and not _state.waiting:
+            now = time.process_time(), _written()
+            if (now[0] - before[0] > every / 10 or now[1] - before[1] > _WRITES) and not _state.waiting:
                 _state.count += 1
+            before = now
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
@@ -103,6 +106,13 @@ def working(*, every: float = 5.0) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+def _written() -> int:
+    """Bytes that this process has written to files so far; 0 where the system does not count them."""
+    with suppress(OSError, ValueError), open("/proc/self/io", encoding="ascii") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("wchar:"))
+    return 0
 
 
 @contextmanager

@@ -7,11 +7,11 @@ One A for all: ΔW = B A, the error of task k is tr((B − B_k) C_k (B − B_k)�
 
 Several A's: let the orthonormal columns of Q (d_in × m) span all their rows, T_k = A_k Q, ΔW = N Qᵀ. The error is then
 tr((N − B_k T_k) H_k (N − B_k T_k)ᵀ) with H_k = Qᵀ G_k Q, of which C_k = T_k H_k T_kᵀ says only what task k's own rows
-see. The rest would need cross Grams A_j G_k A_jᵀ, which a task that was trained alone cannot have stored. Taken is the
-positive semi-definite H_k of least norm that agrees with C_k, H_k = T_k⁺ C_k (T_k⁺)ᵀ: the energy of task k outside the
-rows of its own A counts as zero. So where the A's rows are orthogonal nothing is known to interfere, and the result is
-the plain sum; where their rows are independent each task keeps its own update on its own rows; where the A's are equal
-it is the exact result above.
+see. The rest would need cross Grams A_j G_k A_jᵀ, which a task that was trained alone cannot have stored. Taken is what
+agrees with C_k on the own rows, T_k⁺ C_k (T_k⁺)ᵀ, and has their mean energy in every direction outside of them. (With
+none there, two A's that are nearly equal, such as those of two trainings from one seed, would pull ΔW apart along their
+small difference without bound.) So where A's grow equal the result goes over into the exact one above, and where their
+rows are orthogonal each direction is a mean of the task that reads it and of the others, which want no change there.
 """
 
 from collections.abc import Sequence
@@ -29,8 +29,8 @@ ROUNDING = 1e-6
 def merge_by_grams(pairs: Sequence[Factors], grams: Sequence[Tensor], weights: Sequence[float]) -> Factors:
     """The Gram-weighted merge of one module's updates, float64 inside.
 
-    Directions that no task uses cannot be told by the Grams. There the result is the sum of the tasks' updates where
-    A's differ, their mean where they share A; an adapter merged with itself comes out as it is.
+    Directions that no task uses cannot be told by the Grams: there the result is the mean of the tasks' updates. An
+    adapter merged with itself comes out as it is, and the scale between an A and its B does not matter.
 
     Args:
         pairs: A_k (r_k, d_in), B_k (d_out, r_k), the scale in B_k.
@@ -51,16 +51,21 @@ def merge_by_grams(pairs: Sequence[Factors], grams: Sequence[Tensor], weights: S
     if not all(0 < weight < float("inf") for weight in weights):
         raise ValueError(f"weights {list(weights)} must be positive and finite")
     if share_a(pairs):
-        b = _mean([p.lora_b.double() for p in pairs], [g.double() for g in grams], weights, known=None)
+        b = _mean([p.lora_b.double() for p in pairs], [g.double() for g in grams], weights)
         return Factors(pairs[0].lora_a, b.float())
     q = row_basis([pair.lora_a for pair in pairs])
     local = [pair.lora_a.double() @ q for pair in pairs]
     back = [torch.linalg.pinv(t) for t in local]
     updates = [pair.lora_b.double() @ t for pair, t in zip(pairs, local, strict=True)]
-    energies = [p @ gram.double() @ p.T for p, gram in zip(back, grams, strict=True)]
-    rows = [p @ t for p, t in zip(back, local, strict=True)]  # the projectors on each A's own rows
-    merged = _mean(updates, energies, weights, known=rows)
+    energies = [_filled(p @ gram.double() @ p.T, p @ t) for p, t, gram in zip(back, local, grams, strict=True)]
+    merged = _mean(updates, energies, weights)
     return Factors(q.T.float(), merged.float())
+
+
+def _filled(energy: Tensor, own: Tensor) -> Tensor:
+    """H_k, of what is known on the rows that ``own`` projects onto: their mean energy in every other direction."""
+    mean = energy.trace() / own.trace().clamp_min(1.0)
+    return energy + mean * (torch.eye(len(own), dtype=own.dtype, device=own.device) - own)
 
 
 def row_basis(downs: Sequence[Tensor]) -> Tensor:
@@ -77,18 +82,13 @@ def row_basis(downs: Sequence[Tensor]) -> Tensor:
     return q @ u[:, s > 1e-7 * s[0]]
 
 
-def _mean(
-    updates: Sequence[Tensor], energies: Sequence[Tensor], weights: Sequence[float], *, known: Sequence[Tensor] | None
-) -> Tensor:
+def _mean(updates: Sequence[Tensor], energies: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """N₀ + Σ w_k (N_k − N₀) H_k (Σ w_k H_k)⁺: a minimiser of Σ w_k tr((N − N_k) H_k (N − N_k)ᵀ).
 
-    N₀ fills the directions of no energy: for each direction the mean over the updates whose A knows it, all of them
-    for ``known`` None. Written as a correction of N₀, the result is exact where all N_k agree.
+    N₀, the mean of the N_k, is what stays in directions of no energy. Written as a correction of it, the result is
+    exact where all N_k agree.
     """
-    if known is None:
-        start = torch.stack(list(updates)).mean(0)
-    else:
-        start = torch.stack(list(updates)).sum(0) @ torch.linalg.pinv(torch.stack(list(known)).sum(0), hermitian=True)
+    start = torch.stack(list(updates)).mean(0)
     total = torch.zeros_like(energies[0])
     pull = torch.zeros_like(start)
     for update, energy, weight in zip(updates, energies, weights, strict=True):

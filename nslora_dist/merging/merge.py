@@ -96,7 +96,10 @@ def _merge(
         sparse = SparseUpdate(module, names, pairs, weights, section.density, by_chance, section.seed)
         if recipe.target_rank is None:
             return Merged(sparse, 0.0, shared)
-        factors, error = low_rank(sparse, recipe.target_rank, seed=f"{section.seed}/{module}")
+        try:
+            factors, error = low_rank(sparse, recipe.target_rank, seed=f"{section.seed}/{module}")
+        except UserError as failure:
+            raise UserError(f"{module}: {failure}") from failure
         return Merged(LowRankUpdate(_on(factors, torch.device("cpu"))), error, shared)
     if recipe.method == "gram":
         factors = merge_by_grams(pairs, [_gram(task, module, pairs[0].lora_a) for task in tasks], weights)

@@ -130,6 +130,12 @@ def _check_kind(where: str, config: Mapping[str, Any]) -> None:
             f"{where}: acts only behind its invocation tokens (alora_invocation_tokens), which no update of a weight "
             "does; use plain LoRA"
         )
+    for key in ("target_parameters", "use_qalora"):
+        if config.get(key):
+            raise UserError(
+                f"{where}: was made with {key}, whose factors are no update of a plain linear's weight; use plain LoRA "
+                "on target_modules"
+            )
     if config.get("layer_replication"):
         raise UserError(
             f"{where}: adapts layers that it makes by copying the base's (layer_replication), and the base has them "

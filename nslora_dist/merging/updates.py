@@ -1,5 +1,6 @@
 """Updates of one module as streams of rows, for what is too large to hold: ΔW is only ever seen some rows at a time."""
 
+import functools
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nslora_dist.errors import UserError
 from nslora_dist.export import Factors
 from nslora_dist.merging.factors import compress, frobenius
 
@@ -90,10 +92,15 @@ class SparseUpdate:
         """(d_out, d_in)."""
         return LowRankUpdate(self.pairs[0]).shape
 
+    @functools.cached_property
+    def thresholds(self) -> list[tuple[int, int]]:
+        """``threshold`` of every task, searched once for all passes."""
+        keep = max(1, int(self.density * self.shape[0] * self.shape[1]))
+        return [threshold(LowRankUpdate(pair), keep) for pair in self.pairs]
+
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """See ``Update``."""
-        keep = max(1, int(self.density * self.shape[0] * self.shape[1]))
-        trims = [None if self.by_chance else Trim(LowRankUpdate(pair), keep) for pair in self.pairs]
+        trims = [None] * len(self.pairs) if self.by_chance else [Trim(*found) for found in self.thresholds]
         streams = [LowRankUpdate(pair).blocks() for pair in self.pairs]
         for parts in zip(*streams, strict=True):
             start = parts[0][0]
@@ -125,27 +132,31 @@ def chance_mask(shape: torch.Size | tuple[int, ...], density: float, seed: str) 
     return torch.rand(shape, generator=generator) < density
 
 
-class Trim:
-    """Keeps exactly the ``keep`` entries of largest magnitude, found in two passes of bounded memory.
+def threshold(update: Update, keep: int) -> tuple[int, int]:
+    """The ``keep``-th largest magnitude, found in two passes of bounded memory.
 
-    The bits of a positive float32 are ordered as its value is. A histogram over their upper half finds the bin of the
-    keep-th largest magnitude, one over the lower half of that bin the value itself: no sorting, no rounding. Of entries
-    that equal it the first ones stay.
+    The bits of a positive float32 are ordered as its value is. A histogram over their upper half finds the bin of that
+    magnitude, one over the lower half of that bin the value itself: no sorting, no rounding.
+
+    Returns:
+        Its bits, and how many entries of just that magnitude are among the ``keep`` largest.
     """
+    high = sum((torch.bincount(_bits(b) >> 16, minlength=2**15).cpu() for _, b in update.blocks()), torch.tensor(0))
+    top, above = _bin_of(high, keep)
+    low = torch.tensor(0)
+    for _, block in update.blocks():
+        bits = _bits(block)
+        low = low + torch.bincount(bits[bits >> 16 == top] & 0xFFFF, minlength=2**16).cpu()
+    rest, more = _bin_of(low, keep - above)
+    return (top << 16) + rest, keep - above - more
 
-    def __init__(self, update: Update, keep: int) -> None:
-        """Reads the update twice."""
-        high = sum((torch.bincount(_bits(b) >> 16, minlength=2**15).cpu() for _, b in update.blocks()), torch.tensor(0))
-        top, above = _bin_of(high, keep)
-        low = torch.tensor(0)
-        for _, block in update.blocks():
-            bits = _bits(block)
-            low = low + torch.bincount(bits[bits >> 16 == top] & 0xFFFF, minlength=2**16).cpu()
-        rest, more = _bin_of(low, keep - above)
-        self.bits = (top << 16) + rest
-        """Of the smallest magnitude that stays."""
-        self.equal = keep - above - more
-        """How many of that magnitude stay; ``mask`` counts down, from the first block to the last."""
+
+class Trim:
+    """Keeps exactly as many entries as ``threshold`` was asked for, in one pass: of those that equal it the first."""
+
+    def __init__(self, bits: int, equal: int) -> None:
+        """``bits`` and ``equal`` as ``threshold`` gives them; ``mask`` counts the latter down."""
+        self.bits, self.equal = bits, equal
 
     def mask(self, block: Tensor) -> Tensor:
         """Bool of the block's shape; the blocks have to come in order, each once."""
@@ -171,7 +182,7 @@ def _bin_of(histogram: Tensor, keep: int) -> tuple[int, int]:
 def low_rank(update: Update, rank: int, *, seed: str) -> tuple[Factors, float]:
     """A streamed update's best factors of a rank, by a randomised SVD with power steps (arXiv 0909.4061).
 
-    The update is read 2 + 2 · POWER_STEPS times; in memory are its rows' blocks and (d_out + d_in) × (rank + 10).
+    Its blocks are read 2 + 2 · POWER_STEPS times; in memory are its rows' blocks and (d_out + d_in) × (rank + 10).
 
     Args:
         update: of any rank.
@@ -180,6 +191,9 @@ def low_rank(update: Update, rank: int, *, seed: str) -> tuple[Factors, float]:
 
     Returns:
         The factors, float32, and the relative error ‖ΔW − B A‖_F / ‖ΔW‖_F, 0 for a zero update.
+
+    Raises:
+        UserError: the update is not finite.
     """
     d_out, d_in = update.shape
     width = min(rank + OVERSAMPLING, d_out, d_in)
@@ -189,6 +203,8 @@ def low_rank(update: Update, rank: int, *, seed: str) -> tuple[Factors, float]:
         left = torch.empty(d_out, width)
         for start, block in update.blocks():
             left[start : start + len(block)] = (block @ right.to(block.device)).cpu()
+        if not bool(left.isfinite().all()):
+            raise UserError("the merged update is not finite; lower the adapters' coefficients")
         left = torch.linalg.qr(left.double())[0].float()
         right, energy = torch.zeros(d_in, width), 0.0
         for start, block in update.blocks():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nslora_dist import artifacts, data
+from nslora_dist import artifacts
 from nslora_dist.arm_job import make_job
 from nslora_dist.base_config import load_config
 from nslora_dist.base_files import Checkpoint
@@ -16,7 +16,7 @@ from nslora_dist.calibration.run import Calibration
 from nslora_dist.calibration.store import NullSpace
 from nslora_dist.calibration.weights import WeightNullSpace, weight_null_spaces
 from nslora_dist.calibration_data import CalibrationTexts, calibration_texts
-from nslora_dist.data import Samples, TrainingData
+from nslora_dist.data import TrainingData, load_tokenizer
 from nslora_dist.engines import start_engine
 from nslora_dist.engines.base import Job
 from nslora_dist.evaluate import EvaluationSets, evaluate
@@ -24,6 +24,7 @@ from nslora_dist.input_groups import InputGroup, input_groups, target_groups
 from nslora_dist.recipe import Recipe
 from nslora_dist.recipe_adapter import AdapterSection
 from nslora_dist.rows import pad_id
+from nslora_dist.samples import Samples, encode
 from nslora_dist.study.bases import locked
 from nslora_dist.study.cells import Cell, base_folder
 from nslora_dist.study.knowledge import source_texts, write_texts
@@ -125,7 +126,7 @@ class Bench:
     @cached_property
     def tokenizer(self) -> Any:
         """The base's tokenizer."""
-        return data.load_tokenizer(self._any_recipe.base_model)
+        return load_tokenizer(self._any_recipe.base_model)
 
     @cached_property
     def _any_recipe(self) -> Recipe:
@@ -163,7 +164,7 @@ class Bench:
         recipe = self.recipe(cell)
 
         def read() -> Samples:
-            return data.encode(recipe.data, self.tokenizer, max_length=recipe.data.max_length, name="data")
+            return encode(recipe.data, self.tokenizer, max_length=recipe.data.max_length, name="data")
 
         samples = self._once(("rows", cell.task), read)
         return TrainingData(samples, recipe.data, recipe.train, pad=pad_id(self.tokenizer))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from nslora_dist import __version__, artifacts
 from nslora_dist.errors import UserError
-from nslora_dist.guard import described
 from nslora_dist.quiet import quiet
+from nslora_dist.reasons import described
 from nslora_dist.study.cells import Cell, cells_of
 from nslora_dist.study.fresh import to_confirm
 from nslora_dist.study.lines import FILE, of_cells, read_lines

@@ -142,6 +142,19 @@ def test_steps_are_pure_and_seeded(tmp_path: Path) -> None:
     assert batches(0, [0]) != batches(1, [0])
 
 
+def test_another_training_sees_the_same_rows_without_reading_them(tmp_path: Path) -> None:
+    path = write_pairs(tmp_path / "a.jsonl", 30)
+    first, second = train_section(), train_section(seed=5, global_batch_size=4)
+    data = TrainingData.load(data_section(path), first, bpe())
+    read = TrainingData.load(data_section(path), second, bpe())
+    Path(path).unlink()
+    again = data.dealt_by(second)
+    assert (again.hash, again.total_steps) == (read.hash, read.total_steps) != (data.hash, data.total_steps)
+    for step in (0, again.steps_per_epoch, 1):  # to another epoch and back
+        seen, wanted = ([s for b in all_batches(x, step, 1) for s in samples_of(b)] for x in (again, read))
+        assert seen == wanted
+
+
 def test_ranks_with_nothing_left_get_rows_without_labels(tmp_path: Path) -> None:
     path = write_pairs(tmp_path / "a.jsonl", 9)
     for packing in (False, True):

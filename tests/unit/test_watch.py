@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +14,19 @@ from typing import Any
 import pytest
 import torch
 
-from nslora_dist import base_files, command, dist, guard, logs, watch
+from nslora_dist import base_files, command, dist, guard, logs, meeting, reasons, rows, watch
 from nslora_dist.batches import Batch
 from nslora_dist.calibration_data import CalibrationTexts
 from nslora_dist.effects import measure
-from nslora_dist.errors import EXIT_BUG, EXIT_PREEMPTED, EXIT_STORAGE, Preempted, UserError, storage_error
+from nslora_dist.errors import (
+    EXIT_BUG,
+    EXIT_PREEMPTED,
+    EXIT_STORAGE,
+    EXIT_USER_ERROR,
+    Preempted,
+    UserError,
+    storage_error,
+)
 from nslora_dist.peers import Peers, Sign
 from nslora_dist.recipe import BaseModelSection
 from nslora_dist.update_grams import collect_update_grams
@@ -30,6 +39,9 @@ def fresh() -> Iterator[None]:
     watch.reset()
     yield
     watch.reset()  # whoever was asked to stop here is not asked in the next file's tests
+
+
+NCCL = "NCCL error in: ProcessGroupNCCL.cpp:77, "
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -63,6 +75,37 @@ def test_computing_is_progress_unless_a_rank_waits_for_others() -> None:
         with watch.waiting():  # on a GPU, spinning
             time.sleep(0.3)
             assert compute(1.0) == 0
+
+
+def test_a_download_is_progress_though_it_computes_nothing(tmp_path: Path) -> None:
+    def wait_for(file: Any, seconds: float) -> int:
+        before, until = watch.current().count, time.monotonic() + seconds
+        while time.monotonic() < until and watch.current().count == before:
+            file.write(b"x" * 2**18)
+            time.sleep(0.1)
+        return watch.current().count - before
+
+    with watch.working(every=0.3), (tmp_path / "fetched").open("wb", buffering=0) as file:
+        assert wait_for(file, 30.0)
+        with watch.waiting():
+            time.sleep(0.4)
+            assert not wait_for(file, 1.0)
+
+
+def test_ranks_that_wait_for_rows_see_rank_0_work(tmp_path: Path) -> None:
+    """Rows are not read again from where they were: ended for a standstill, a run would never come to train."""
+
+    def read() -> int:
+        before, until = watch.current().count, time.monotonic() + 60.0
+        with (tmp_path / "fetched").open("wb", buffering=0) as file:
+            while watch.current().count == before and time.monotonic() < until:
+                file.write(b"x" * 2**18)
+                time.sleep(0.05)
+        return watch.current().count - before
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watch, "working", partial(watch.working, every=0.3))
+        assert rows.from_rank0(read) >= 1
 
 
 def test_a_failure_remembers_where_it_was() -> None:
@@ -150,15 +193,22 @@ def test_safetensors_says_it_in_words(said: str) -> None:
         ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1", True),
         ("[/x/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation", True),
         ("The size of tensor a (3) must match the size of tensor b (4)", False),
+        # NCCL tells of this rank's own trouble in the same class and words: nobody else is to be looked for.
+        (f"{NCCL}unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'", False),
+        (
+            f"{NCCL}invalid usage\nLast error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000",
+            False,
+        ),
+        (f"{NCCL}remote process exited or there was a network error\nLast error:\nNET/IB : Got completion", True),
     ],
 )
 def test_which_failures_are_another_ranks(message: str, loss: bool) -> None:
-    assert guard.is_loss(RuntimeError(message)) == loss
+    assert reasons.is_loss(RuntimeError(message)) == loss
     wrapped = ValueError("while stepping")
     wrapped.__cause__ = RuntimeError(message)
-    assert guard.is_loss(wrapped) == loss
-    assert not guard.is_loss(UserError(message))
-    assert guard.is_loss(torch.distributed.DistBackendError("x"))
+    assert reasons.is_loss(wrapped) == loss
+    assert not reasons.is_loss(UserError(message))
+    assert reasons.is_loss(torch.distributed.DistBackendError("x"))
 
 
 def peers(**signs: tuple[int, float, bool]) -> Peers:
@@ -207,6 +257,30 @@ def test_a_rank_that_reads_what_others_give_says_that_it_waits() -> None:
     assert not waits()
 
 
+def test_what_nccl_says_last_is_told() -> None:
+    """Its first line says that something failed, its last one what."""
+    error = torch.distributed.DistBackendError(f"{NCCL}network error\nLast error:\nsocketProgress: closed by b<4>\n")
+    ours = object.__new__(guard.Guard)
+    ours.peers, ours.lost_after = peers(a=(5, 0, True)), 0.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guard, "QUICK", -3.0)  # whoever is gone would have been missed by now
+        found = ours._find_loss(error)
+    assert found.endswith(f"though all are alive: {NCCL}network error; socketProgress: closed by b<4>")
+
+
+def test_a_rank_without_its_gpu_is_named() -> None:
+    meeting.same_kind([("cuda", "a"), ("cuda", "b")])
+    meeting.same_kind([("cpu", "a"), ("cpu", "a")])
+    with pytest.raises(UserError, match=r"2 of 4 ranks see no GPU, the others do: rank 2 \(b\), 3 \(b\); look at"):
+        meeting.same_kind([("cuda", "a"), ("cuda", "a"), ("cpu", "b"), ("cpu", "b")])
+
+
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(UserError, match="LOCAL_RANK 4: this machine shows 4 GPUs, one a process; start fewer"):
+        meeting.join(torch.device("cuda", 4), 5.0)
+
+
 def test_ranks_stall_together_or_not_at_all() -> None:
     """A rank that waits has begun nothing for as long as another is at work."""
     ours = peers(a=(5, 0, True), b=(9, 0, False))  # the other last began something 9 s ago
@@ -251,6 +325,16 @@ def test_heartbeats_in_a_long_phase(tmp_path: Path, capsys: pytest.CaptureFixtur
         (Preempted("stopped at step 3"), EXIT_PREEMPTED, "stopped at step 3"),
         (OSError(errno.EROFS, "x", "out/file"), EXIT_STORAGE, "out/file: Read-only file system; mount it for writing"),
         (KeyError("k"), EXIT_BUG, "training: KeyError: 'k' (a fault of this program; traceback in "),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation"),
+            EXIT_USER_ERROR,
+            "training: CUDA out of memory. Tried to allocate 2.00 GiB.; lower train.micro_batch_size, ",
+        ),
+        (
+            torch.distributed.DistBackendError(f"{NCCL}x\nLast error:\nDuplicate GPU detected : rank 1 and rank 0"),
+            EXIT_USER_ERROR,
+            "training: two ranks have the same GPU (NCCL: Duplicate GPU detected); start one process a GPU",
+        ),
     ],
 )
 def test_one_line_and_a_status(
