@@ -74,6 +74,22 @@ def check_context(config: PreTrainedConfig, key: str, length: int) -> None:
         )
 
 
+def check_tokens(config: PreTrainedConfig, path: str, key: str, largest: int) -> None:
+    """Whether the base's embedding has a row for every token of the texts under ``key``.
+
+    A tokenizer may hold tokens that were added to it and not to the base, as long as no text has them.
+
+    Raises:
+        UserError: it has not; on a GPU the look-up would end in an assertion that names nothing.
+    """
+    rows = getattr(config, "vocab_size", None)
+    if isinstance(rows, int) and largest >= rows:
+        raise UserError(
+            f"{key}: the tokenizer in {path} gives token {largest}, and the base's embedding has {rows} rows; use the "
+            "tokenizer that came with the base, or enlarge the base (resize_token_embeddings) and save it"
+        )
+
+
 def context_of(config: PreTrainedConfig) -> int | None:
     """Positions that the base is made for, a scaled rotary embedding's counted; None where its config does not say."""
     most = getattr(config, "max_position_embeddings", None)

@@ -46,7 +46,7 @@ def build_empty(section: BaseModelSection, config: PreTrainedConfig) -> PreTrain
         if not is_flash_attn_2_available():
             raise UserError(
                 "base_model.attention flash_attention_2: the package is not usable here; on a CUDA machine install it "
-                "with pip install 'nslora_dist[flash]', or set base_model.attention=sdpa"
+                "with pip install -e '.[flash]' in the clone, or set base_model.attention=sdpa"
             )
     dtype = torch_dtype(section)
     try:
@@ -106,6 +106,9 @@ def _check_layout(model: PreTrainedModel, path: str) -> None:
         )
     held = [name for name, part in inner.named_children() if any(True for _ in (*part.parameters(), *part.buffers()))]
     held += [name for name, _ in (*inner.named_parameters(recurse=False), *inner.named_buffers(recurse=False))]
+    for name, block in blocks(model):
+        if any(parameter.dim() > 2 for parameter in block.parameters()):
+            raise UserError(f"{where}: {kind}'s {name} is a mixture of experts, which is not handled; {remedy}")
     if more := [name for name in held if name not in PARTS]:
         raise UserError(f"{where}: {kind} has parts that the LLaMA layout has not, model.{more[0]}; {remedy}")
 

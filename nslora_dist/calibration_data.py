@@ -45,6 +45,11 @@ class CalibrationTexts:
     truncated: int
     counts: RowCounts = field(default_factory=RowCounts)
 
+    @property
+    def largest_token(self) -> int:
+        """Of all sequences."""
+        return max(int(sequence.max()) for sequence in (*self.calibration, *self.heldout))
+
 
 def calibration_texts(section: CalibrationSection, tokenizer: PreTrainedTokenizerBase) -> list[CalibrationTexts]:
     """Reads and tokenises every source, then every probe, in recipe order; every rank must call this.

@@ -80,6 +80,11 @@ class TrainingData:
         log.info("data: %d samples, %d tokens%s, %d steps", loaded.samples, loaded.tokens, packs, loaded.total_steps)
         return loaded
 
+    @property
+    def largest_token(self) -> int:
+        """Of all rows."""
+        return int(self._samples.tokens.max())
+
     def dealt_by(self, train: TrainSection) -> "TrainingData":
         """The same rows as another training sees them, not read again."""
         return TrainingData(self._samples, self._data, train, pad=self._pad)

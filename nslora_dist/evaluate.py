@@ -71,6 +71,16 @@ class EvaluationSets:
             lm_eval=LmEval(section.lm_eval, tokenizer, base) if section.lm_eval is not None and base else None,
         )
 
+    @property
+    def largest_tokens(self) -> dict[str, int]:
+        """``evaluation.adaptation`` or ``evaluation.retention.<name>`` → the largest token of this rank's questions."""
+        named = {f"retention.{name}": batches for name, batches in self.retention.items()}
+        named |= {ADAPTATION: self.adaptation} if self.adaptation is not None else {}
+        return {
+            f"evaluation.{name}": max((int(batch.input_ids.max()) for batch in batches), default=0)
+            for name, batches in named.items()
+        }
+
     def before_training(self) -> "EvaluationSets":
         """What is measured on the base."""
         left_out = self.lm_eval is not None and not self.lm_eval.section.before

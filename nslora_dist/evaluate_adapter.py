@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from nslora_dist import dist, watch
 from nslora_dist.adapter_set import AdapterSet, put_to_work
 from nslora_dist.artifacts import write_json
-from nslora_dist.base_config import check_context, context_of, load_config
+from nslora_dist.base_config import check_context, check_tokens, context_of, load_config
 from nslora_dist.base_files import Checkpoint, locate
 from nslora_dist.base_model import build_empty, torch_dtype
 from nslora_dist.base_weights import fill_unit
@@ -74,9 +74,13 @@ def run_evaluation(recipe: Recipe, device: torch.device, *, adapter: Sequence[st
             ranks_per_node=dist.ranks_per_node(),
             shapes=shapes_of(recipe, config),
         )
-    tokenizer = load_tokenizer(recipe.base_model)
+    tokenizer = load_tokenizer(recipe.base_model, embedded=config.vocab_size)
     texts = calibration_texts(recipe.calibration, tokenizer)
     sets = EvaluationSets.load(recipe.evaluation, tokenizer, base=base, context=context_of(config))
+    with dist.together("looking at the data"):
+        of_texts = {f"calibration, {text.name}": text.largest_token for text in texts}
+        for where, largest in (of_texts | sets.largest_tokens).items():
+            check_tokens(config, recipe.base_model.path, where, largest)
     engine = start_engine(make_set_job(recipe, config, checkpoint, shapes, stored, device=device), recipe)
     scores, disturbed = {"base": evaluate(engine, sets.before_training(), device=device)}, {}
     for name, own in stored.items():

@@ -11,6 +11,15 @@ if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
 
+PLAIN = {
+    "tuple_type": "wanted is a list, as [a, b]",
+    "list_type": "wanted is a list, as [a, b]",
+    "dict_type": "wanted is a section of keys, as {key: value}",
+    "model_type": "wanted is a section of keys, as {key: value}",
+}
+"""Kinds of mistakes that pydantic names in Python's words."""
+
+
 def nearest(word: str, known: Sequence[str]) -> str:
     """`` (did you mean 'x'?)`` where a known name is close, else nothing."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
@@ -44,7 +53,7 @@ def explain(error: ValidationError, root: type[BaseModel], *, origin: str = "", 
         return f"{key}: missing, and there is no default{where}"
     if first["type"] == "value_error":
         return f"{key}: {message}{where}" if key else f"{message}{where}"
-    message = message[0].lower() + message[1:]
+    message = PLAIN.get(first["type"], message[0].lower() + message[1:])
     return f"{key}: {message}, got {_short(first['input'])}{where}"
 
 

@@ -5,10 +5,7 @@ For people who train with PEFT, TRL or a loop of their own (``init_peft.py`` is 
 under hooks, so it needs no layout and leaves sharding to whoever did it.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,38 +14,16 @@ from torch import Tensor, nn
 
 from nslora_dist import artifacts, dist, nf4
 from nslora_dist.calibration import store
-from nslora_dist.calibration.grams import add_gram, mirror
+from nslora_dist.calibration.grams import mirror
 from nslora_dist.calibration.store import MIXTURE, NullSpace
 from nslora_dist.errors import UserError
-from nslora_dist.live_model import bare, evaluating, linears_of
+from nslora_dist.explain import nearest
+from nslora_dist.live_grams import Group, first_batch, groups_of, run_batch, sum_grams
+from nslora_dist.live_model import bare, evaluating, exact, linears_of
 from nslora_dist.null_space import leak, null_basis, pack_triangle, projected_init, random_leak, unpack_triangle
 
-HELD_INPUTS = 8
-"""Latest distinct inputs among which a linear's is looked for: a block's linears come close together."""
-
-
-@dataclass
-class Group:
-    """Linears that read the same tensor, and what is summed over it (METHODS.md §1.1, §1c).
-
-    Attributes:
-        modules: name in the bare Hugging Face model → the linear.
-        width: d_in.
-        gram: (d_in, d_in) float32 while its pass runs.
-        energy: () float64 Σ‖x‖².
-        outputs: module name → () float64 Σ‖W x‖².
-    """
-
-    modules: dict[str, nn.Linear]
-    width: int
-    gram: Tensor | None = None
-    energy: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """Its first module's."""
-        return next(iter(self.modules))
+A_INITS: tuple[str, ...] = ("orthonormal", "projected")
+METHODS: tuple[str, ...] = ("fast", "eigh")
 
 
 @torch.no_grad()
@@ -85,10 +60,18 @@ def calibrate(
         The null space; tensors on rank 0 alone.
 
     Raises:
-        UserError: an encoder-decoder model, no such target, no ``nn.Linear`` that runs, a rank above a width, batches
-            that cannot be gone through twice, activations that are not finite, or a folder that exists.
+        UserError: an encoder-decoder model, a setting that there is not, no such target, no ``nn.Linear`` that runs, a
+            rank above a width, batches that cannot be gone through twice, activations that are not finite, or a folder
+            that exists.
     """
     with dist.together("looking at what is to be calibrated"):
+        for key, value, known in (("a_init", a_init, A_INITS), ("method", method, METHODS)):
+            if value not in known:
+                raise UserError(
+                    f"calibrate: {key} '{value}'{nearest(str(value), known)}; there is {' and '.join(known)}"
+                )
+        if rank < 1:
+            raise UserError(f"calibrate: rank {rank}; give 1 or more")
         if isinstance(batches, Iterator):
             raise UserError("calibrate: batches is a generator, which ends after one pass; give a list or a DataLoader")
         if folder is not None and dist.is_main() and (Path(folder).exists() or Path(folder).is_symlink()):
@@ -100,7 +83,7 @@ def calibrate(
             )
         linears = linears_of(model, target_modules)
     with evaluating(model):
-        groups = _groups(model, linears, batches)
+        groups = groups_of(model, linears, batches)
         for group in groups:
             if rank > group.width:
                 raise UserError(f"calibrate: rank {rank} is above the {group.width} inputs of {group.name}")
@@ -113,7 +96,7 @@ def calibrate(
         }
         bases: dict[str, Tensor] = {}
         for chunk in _chunks(groups, gram_bytes):
-            _sum(model, chunk, batches)
+            sum_grams(model, chunk, batches)
             for number, group in enumerate(chunk):
                 basis, facts, small = _solve(group, rank=rank, method=method, owner=number % dist.world_size())
                 bases[group.name] = basis
@@ -146,61 +129,6 @@ def calibrate(
     return null_space
 
 
-def _run(model: nn.Module, batch: Any) -> None:
-    device = next(model.parameters()).device
-    if isinstance(batch, Mapping):
-        model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
-    else:
-        model(batch.to(device))
-
-
-def _first(batches: Iterable[Any]) -> Any:
-    for batch in batches:
-        return batch
-    raise UserError("calibrate: there are no batches")
-
-
-def _groups(model: nn.Module, linears: dict[str, nn.Linear], batches: Iterable[Any]) -> list[Group]:
-    """Which linears are given the same values, seen in one forward pass.
-
-    Told by address and not by object, for DeepSpeed hands every module a view of its own. An address means something
-    only while the memory is held, and holding all inputs would cost as much as training: the latest few are held.
-    """
-    groups: list[Group] = []
-    recent: OrderedDict[tuple[Any, ...], tuple[Tensor, Group]] = OrderedDict()
-
-    def watch(name: str) -> Any:
-        def hook(module: nn.Linear, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)
-            if key in recent:
-                recent[key][1].modules.setdefault(name, module)
-                recent.move_to_end(key)
-                return
-            group = next((g for g in groups if name in g.modules), None)  # a module that runs twice keeps its group
-            if group is None:
-                group = Group({name: module}, module.in_features)
-                groups.append(group)
-            recent[key] = (x, group)
-            if len(recent) > HELD_INPUTS:
-                recent.popitem(last=False)
-
-        return hook
-
-    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in linears.items()]
-    try:
-        _run(model, _first(batches))
-    finally:
-        for handle in hooks:
-            handle.remove()
-    if not groups:
-        raise UserError(
-            f"calibrate: the first batch ran through none of the {len(linears)} linears chosen ({next(iter(linears))}, "
-            "...); choose target_modules that the model's forward pass calls"
-        )
-    return groups
-
-
 def _chunks(groups: Sequence[Group], gram_bytes: float) -> Iterator[list[Group]]:
     """Groups in order, as many at once as have room."""
     chunk: list[Group] = []
@@ -211,76 +139,6 @@ def _chunks(groups: Sequence[Group], gram_bytes: float) -> Iterator[list[Group]]
         chunk.append(group)
     if chunk:
         yield chunk
-
-
-@contextmanager
-def _hooked(groups: Sequence[Group], mask: list[Tensor | None]) -> Iterator[None]:
-    """Sums inputs and products of the groups' linears while open; ``mask`` holds the current batch's."""
-
-    def tokens(x: Tensor) -> Tensor:
-        real, rows = mask[0], x.reshape(-1, x.shape[-1])
-        if real is not None and x.shape[:-1] in (real.shape, (real.numel(),)):  # (b, s, d), or (b * s, d) as in OPT
-            return rows[real.flatten().to(x.device)]
-        return rows
-
-    def energy(x: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).double().square().sum()
-
-    def take_input(group: Group) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = tokens(args[0].detach())
-            if group.gram is None:
-                group.gram = torch.zeros(group.width, group.width, device=rows.device)
-                group.energy = torch.zeros((), dtype=torch.float64, device=rows.device)
-            add_gram(group.gram, rows)
-            group.energy += energy(rows)
-
-        return hook
-
-    def take_output(group: Group, name: str) -> tuple[Any, Any]:
-        bias: list[Tensor] = []
-
-        def before(module: nn.Linear, args: tuple[Tensor, ...]) -> None:
-            # Behind the product a sharded bias is released, and to read it would gather it for good.
-            bias[:] = [] if module.bias is None else [module.bias.detach().clone()]
-
-        def after(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
-            found = energy(tokens((output - bias[0] if bias else output).detach()))
-            group.outputs[name] = group.outputs[name] + found if name in group.outputs else found
-
-        return before, after
-
-    hooks = []
-    for group in groups:
-        for number, (name, linear) in enumerate(group.modules.items()):
-            if number == 0:
-                hooks.append(linear.register_forward_pre_hook(take_input(group)))
-            before, after = take_output(group, name)
-            hooks += [linear.register_forward_pre_hook(before), linear.register_forward_hook(after)]
-    try:
-        yield
-    finally:
-        for handle in hooks:
-            handle.remove()
-
-
-def _sum(model: nn.Module, groups: Sequence[Group], batches: Iterable[Any]) -> None:
-    """One pass over this rank's batches, then the scalars over all ranks."""
-    mask: list[Tensor | None] = [None]
-    with _hooked(groups, mask):
-        for batch in batches:
-            given = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            mask[0] = given.bool() if isinstance(given, Tensor) and given.dim() == 2 else None
-            _run(model, batch)
-    for group in groups:
-        scalars = dist.all_reduce(torch.stack([group.energy, *group.outputs.values()]))
-        if not bool(scalars.isfinite().all()) or float(scalars[0]) == 0.0:
-            raise UserError(
-                f"calibrate: the inputs of {group.name} are {'zero' if float(scalars[0]) == 0.0 else 'not finite'}; "
-                "check the batches and the model's dtype"
-            )
-        group.energy = scalars[0]
-        group.outputs = dict(zip(group.outputs, scalars[1:], strict=True))
 
 
 def _solve(group: Group, *, rank: int, method: Literal["fast", "eigh"], owner: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -297,12 +155,13 @@ def _solve(group: Group, *, rank: int, method: Literal["fast", "eigh"], owner: i
     facts = torch.zeros(2 + rank, dtype=torch.float64, device=device)
     small = torch.zeros(rank, rank, device=device)
     if dist.rank() == owner:
-        gram = unpack_triangle(sent)
-        found = null_basis(gram, rank=rank, method=method)
-        basis = found.basis.float().contiguous()
-        facts[0], facts[1] = leak(gram, basis), random_leak(gram, rank=rank, seed=0)
-        facts[2:] = found.eigenvalues
-        small = (basis.T @ (gram @ basis)).contiguous()
+        with exact(device):
+            gram = unpack_triangle(sent)
+            found = null_basis(gram, rank=rank, method=method)
+            basis = found.basis.float().contiguous()
+            facts[0], facts[1] = leak(gram, basis), random_leak(gram, rank=rank, seed=0)
+            facts[2:] = found.eigenvalues
+            small = (basis.T @ (gram @ basis)).contiguous()
     for tensor in (basis, facts, small):
         dist.broadcast(tensor, source=owner)
     return basis, facts, small
@@ -316,8 +175,9 @@ def _mixes(
 
     def project(name: str, basis: Tensor) -> Any:
         def hook(module: nn.Linear, args: Any) -> None:
-            a, _ = projected_init(nf4.dense_weight(module), basis)
-            found[name] = a.float() @ basis
+            with exact(basis.device):
+                a, _ = projected_init(nf4.dense_weight(module), basis)
+                found[name] = a.float() @ basis
 
         return hook
 
@@ -327,7 +187,7 @@ def _mixes(
         for name, linear in group.modules.items()
     ]
     try:
-        _run(model, _first(batches))
+        run_batch(model, first_batch(batches))
     finally:
         for handle in hooks:
             handle.remove()

@@ -1,8 +1,10 @@
 """What is asked of a Hugging Face model that somebody else built and maybe wrapped: its linears, and to keep still."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
+import torch
 from torch import nn
 
 from nslora_dist.errors import UserError
@@ -16,10 +18,22 @@ def bare_name(name: str) -> str:
     return name.removeprefix(PEFT_PREFIX).removesuffix(".base_layer")
 
 
+WRAPPED_AS = ("module", "_orig_mod")
+"""Where DeepSpeed's engine and DistributedDataParallel, and ``torch.compile``, keep the model."""
+
+
 def bare(model: nn.Module) -> nn.Module:
-    """The model inside DeepSpeed's engine or DistributedDataParallel, which keep it as ``module``."""
-    inner = getattr(model, "module", None)
-    return inner if isinstance(inner, nn.Module) else model
+    """The model inside what it was wrapped in, once or several times."""
+    while True:
+        inner = next((m for m in (getattr(model, name, None) for name in WRAPPED_AS) if isinstance(m, nn.Module)), None)
+        if inner is None:
+            return model
+        model = inner
+
+
+def exact(device: torch.device) -> AbstractContextManager[Any]:
+    """Without the caller's autocast, under which products of Grams and bases would come out in 16 bits."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def linears_of(model: nn.Module, targets: Sequence[str] | None) -> dict[str, nn.Linear]:
@@ -43,6 +57,11 @@ def linears_of(model: nn.Module, targets: Sequence[str] | None) -> dict[str, nn.
         if not others:
             raise UserError(f"calibrate: {type(inner).__name__} has no nn.Linear besides an output embedding{hint}")
         return others
+    if isinstance(targets, str):
+        raise UserError(
+            f"calibrate: target_modules '{targets}' is one text; give a list of last parts of names, or leave it out "
+            "for every nn.Linear"
+        )
     if not targets:
         raise UserError("calibrate: target_modules is empty; leave it out to calibrate every nn.Linear")
     known = sorted({name.rsplit(".", 1)[-1] for name in found})

@@ -43,7 +43,7 @@ def load_tasks(section: LmEvalSection, *, most: Callable[[], int]) -> Mapping[st
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UserError(
-            f"evaluation.lm_eval: lm-eval cannot be imported ({error}); pip install 'nslora_dist[lm-eval]', "
+            f"evaluation.lm_eval: lm-eval cannot be imported ({error}); pip install -e '.[lm-eval]' in the clone, "
             "or go without it: evaluation.lm_eval=null"
         ) from error
     # lm-eval warns of every model that it did not load itself, and of its own duplicate names.

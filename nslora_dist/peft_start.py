@@ -12,38 +12,44 @@ from nslora_dist.calibration import store
 from nslora_dist.calibration.store import NullSpace
 from nslora_dist.errors import UserError
 from nslora_dist.export import changes_base
-from nslora_dist.live_model import bare, bare_name
+from nslora_dist.live_model import bare, bare_name, exact
 from nslora_dist.null_space import interference
 
 
 def init_peft(
-    model: nn.Module, null_space_folder: str | Path, *, adapter_name: str = "default"
+    model: nn.Module, null_space_folder: str | Path, *, adapter_name: str = "default", keep_b: bool = False
 ) -> dict[str, nn.Module]:
     """Starts every LoRA layer of a PEFT model in the null space: A = A₀, frozen, and B = 0.
 
     Call it before the optimizer is made, on every rank: rank 0 alone reads the folder. Parameters may be whole,
     partitioned by ZeRO-3 or sharded by FSDP2; the base may be in any number of bits, for it is not touched.
 
+    PEFT itself sets A to be trained again, in ``set_adapter``, on leaving ``disable_adapter`` and in
+    ``PeftModel.from_pretrained(..., is_trainable=True)``: call this after them, with ``keep_b`` where B is trained.
+
     Args:
         model: PEFT's, around the base that was calibrated, or a DeepSpeed engine or DistributedDataParallel around it.
         null_space_folder: what ``calibrate`` or ``launch/calibrate.py`` wrote.
         adapter_name: PEFT's name of the adapter.
+        keep_b: leaves B as it is: of an adapter that was started here and is trained on.
 
     Returns:
         The LoRA layers by their names in the bare model.
 
     Raises:
-        UserError: no LoRA layers, DoRA, an initialisation that rewrites the base, a layer that was not calibrated, or a
-            rank other than the null space's; on every rank.
+        UserError: no LoRA layers, DoRA, biases or embeddings that would be trained beside them, an initialisation that
+            rewrites the base, a layer that was not calibrated, or a rank other than the null space's; on every rank.
     """
     null_space, layers = _fitting(model, Path(null_space_folder), adapter_name, caller="init_peft")
     some = next(iter(layers.values())).lora_A[adapter_name].weight
-    for name, start in null_space.starts(layers, device=some.device):
-        a = layers[name].lora_A[adapter_name].weight
-        b = layers[name].lora_B[adapter_name].weight
-        overwrite(a, start.a)
-        overwrite(b, torch.zeros(_shape(b), device=start.a.device))
-        a.requires_grad_(False)
+    with exact(some.device):
+        for name, start in null_space.starts(layers, device=some.device):
+            a = layers[name].lora_A[adapter_name].weight
+            b = layers[name].lora_B[adapter_name].weight
+            overwrite(a, start.a)
+            if not keep_b:
+                overwrite(b, torch.zeros(_shape(b), device=start.a.device))
+            a.requires_grad_(False)
     return layers
 
 
@@ -64,17 +70,26 @@ def peft_interference(
         is zero.
 
     Raises:
-        UserError: no LoRA layers, or a null space that is not theirs; on every rank.
+        UserError: no LoRA layers, a null space that is not theirs, or an A that is not where ``init_peft`` put it; on
+            every rank.
     """
     null_space, layers = _fitting(model, Path(null_space_folder), adapter_name, caller="peft_interference")
     found: dict[str, dict[str, float]] = {}
     some = next(iter(layers.values())).lora_A[adapter_name].weight
-    for name, start in null_space.starts(layers, device=some.device):
-        b = layers[name].scaling[adapter_name] * whole(layers[name].lora_B[adapter_name].weight).float()
-        for source, gram in start.update_grams.items():
-            if start.references[source] > 0:
-                value = interference(gram, b.to(gram.device), start.references[source])
-                found.setdefault(source, {})[name] = float(value)
+    with exact(some.device):
+        for name, start in null_space.starts(layers, device=some.device):
+            a, b = (whole(side[adapter_name].weight) for side in (layers[name].lora_A, layers[name].lora_B))
+            if not _is_start(a, start.a):
+                raise UserError(
+                    f"peft_interference: the lora_A of {name} is not the null space's, so what it reads is not known. "
+                    "Was it trained? PEFT's set_adapter, disable_adapter and from_pretrained(is_trainable=True) undo "
+                    "the freezing; call init_peft after them, with keep_b=True where B is trained"
+                )
+            b = layers[name].scaling[adapter_name] * b.float()
+            for source, gram in start.update_grams.items():
+                if start.references[source] > 0:
+                    value = interference(gram, b.to(gram.device), start.references[source])
+                    found.setdefault(source, {})[name] = float(value)
     return found
 
 
@@ -99,6 +114,12 @@ def _fitting(model: nn.Module, folder: Path, adapter: str, *, caller: str) -> tu
 
 
 def _lora_layers(model: nn.Module, adapter: str) -> dict[str, Any]:
+    for name, module in model.named_modules():
+        if adapter in (getattr(module, "lora_embedding_A", None) or {}):
+            raise UserError(
+                f"{bare_name(name)} is an embedding with an adapter, which no null space holds back; leave it out of "
+                "the adapter's target_modules"
+            )
     layers = {
         bare_name(name): module
         for name, module in model.named_modules()
@@ -121,11 +142,20 @@ def _check(model: nn.Module, layers: dict[str, Any], null_space: NullSpace, adap
         raise UserError(f"init_lora_weights={start!r} has rewritten the base's weights; make the adapter with True")
     if start == "mica":
         raise UserError("init_lora_weights='mica' freezes B, and A is frozen here; make it with True")
+    if getattr(config, "lora_bias", False) or getattr(config, "bias", "none") != "none":
+        raise UserError(
+            "the adapter trains biases, which no null space holds back; use bias='none' and lora_bias=False"
+        )
     manifest = null_space.manifest
     rank = manifest["settings"]["rank"]
     if manifest["settings"]["form"] != "delta":
         raise UserError(f"{folder} is for the residual form; calibrate with adapter.form=delta")
     for name, layer in layers.items():
+        if not isinstance(layer.get_base_layer(), nn.Linear):
+            raise UserError(
+                f"{name} has an adapter and is no nn.Linear but {type(layer.get_base_layer()).__name__}, of which "
+                "calibration knows nothing; leave it out of the adapter's (exclude_modules)"
+            )
         if name not in manifest["modules"]:
             raise UserError(
                 f"{name} has an adapter and was not calibrated ({folder}); calibrate with it among "
@@ -139,6 +169,11 @@ def _check(model: nn.Module, layers: dict[str, Any], null_space: NullSpace, adap
         found = _shape(layer.lora_A[adapter].weight)
         if found != (rank, width):
             raise UserError(f"{name}'s lora_A is {found}, the null space {folder} fits {(rank, width)}")
+
+
+def _is_start(a: Tensor, start: Tensor) -> bool:
+    """Whether A is A₀, or A₀ as it was before it came through 16 bits."""
+    return any(torch.equal(a, start.to(dtype).to(a)) for dtype in (a.dtype, torch.bfloat16, torch.float16))
 
 
 def _shape(parameter: Tensor) -> tuple[int, ...]:

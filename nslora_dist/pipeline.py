@@ -10,7 +10,7 @@ import torch
 from nslora_dist import artifacts, dist, watch
 from nslora_dist.arm_job import Arm, make_job
 from nslora_dist.arm_stage import Bench, run_arm
-from nslora_dist.base_config import check_context, context_of, load_config
+from nslora_dist.base_config import check_context, check_tokens, context_of, load_config
 from nslora_dist.base_files import Checkpoint, locate
 from nslora_dist.base_model import build_empty
 from nslora_dist.budget import check_references
@@ -54,8 +54,11 @@ class Run:
             check_context(self.config, "calibration.sequence_length", recipe.calibration.sequence_length)
         self.groups = self._groups(recipe)
         with self.clock.phase("data"):
-            self.tokenizer = load_tokenizer(recipe.base_model)
+            self.tokenizer = load_tokenizer(recipe.base_model, embedded=self.config.vocab_size)
             self.texts = calibration_texts(recipe.calibration, self.tokenizer)
+        for text in self.texts:
+            where = f"calibration.{'probes' if text.weight is None else 'sources'}.{text.name}"
+            check_tokens(self.config, recipe.base_model.path, where, text.largest_token)
 
     def _groups(self, recipe: Recipe) -> list[InputGroup]:
         return target_groups(input_groups(build_empty(recipe.base_model, self.config)), recipe.adapter)
@@ -172,6 +175,9 @@ class Run:
             data = TrainingData.load(recipe.data, recipe.train, self.tokenizer)
             context = context_of(self.config)
             sets = EvaluationSets.load(recipe.evaluation, self.tokenizer, base=self.base_folder, context=context)
+            with dist.together("looking at the data"):  # of evaluation each rank has its own
+                for where, largest in ({"data": data.largest_token} | sets.largest_tokens).items():
+                    check_tokens(self.config, recipe.base_model.path, where, largest)
         for arm in (recipe, *baselines.values()):
             self._check_room(arm, "load", "train", "measure", "export")
         claim_folder(recipe)

@@ -40,8 +40,12 @@ _CHUNK_SIZE = 16 * 2**20
 T = TypeVar("T")
 
 
-def load_tokenizer(section: BaseModelSection) -> PreTrainedTokenizerBase:
+def load_tokenizer(section: BaseModelSection, *, embedded: int | None = None) -> PreTrainedTokenizerBase:
     """Loads the base model's tokenizer; it pads with its padding token, or with its end-of-sequence token.
+
+    Args:
+        section: the recipe's.
+        embedded: rows of the base's embedding; a padding token that was added beyond them is not used.
 
     Raises:
         UserError: no tokenizer at ``base_model.path``, or one without an end-of-sequence token.
@@ -57,9 +61,14 @@ def load_tokenizer(section: BaseModelSection) -> PreTrainedTokenizerBase:
             f"{where}: no tokenizer could be loaded ({one_line(error)}); "
             "give a local model folder or a hub name that can be reached"
         ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one of a config.json alone
+        raise UserError(
+            f"{where}: no tokenizer is there, or one that knows no token but special ones; copy tokenizer.json and "
+            "tokenizer_config.json of the model into it"
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(f"{where}: its tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None or (embedded is not None and tokenizer.pad_token_id >= embedded):
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -277,6 +286,8 @@ def _why_unreadable(error: Exception, section: Texts | PromptSet, *, where: str,
         return f"{name}.split '{section.split}' of {section.path}: {said}"
     if "onfig" in said and ("not found" in said or "missing" in said):
         return f"{name}.subset {section.subset} of {section.path}: {said}"
+    if "save_to_disk" in said:
+        return f"{where}: is a folder of save_to_disk; write its split with to_parquet or to_json, and name that file"
     if Path(section.path).is_dir() and "JSON" in said:
         return f"{where}: cannot be read as a folder of data files: {said}; name one file, to be told the line"
     if Path(section.path).exists():

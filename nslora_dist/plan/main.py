@@ -42,9 +42,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         recipe = load_recipe(given.recipe, given.overrides)
         asked = {f.name: getattr(given, f.name) for f in fields(Cluster)}
-        values = {name: quantity(text) for name, text in asked.items() if text is not None}
-        if given.steps is not None:
-            values["steps"] = quantity(given.steps)
+        asked["steps"] = given.steps
+        values = {}
+        for name, text in asked.items():
+            if text is not None:
+                try:
+                    values[name] = quantity(text)
+                except UserError as error:
+                    raise UserError(f"--{name.replace('_', '-')}: {error}") from error
         for name in ("gpus", "gpus_per_node", "steps"):
             if name in values:
                 if values[name] < 1 or values[name] % 1:

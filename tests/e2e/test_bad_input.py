@@ -71,7 +71,7 @@ def fails(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         (["evaluation.baselines.lora.train.global_batch_size=9"], "global_batch_size 9 is no multiple"),
         (
             ["base_model.attention=flash_attention_2", "base_model.dtype=bfloat16"],
-            "pip install 'nslora_dist[flash]'",
+            "pip install -e '.[flash]'",
         ),
         (["engine.config=./ds_configs/zero3.json"], "engine.config is a DeepSpeed file"),
         (["engine.name=zero3", "engine.config=./none.json"], "none.json: cannot be read"),
@@ -122,6 +122,16 @@ def test_a_base_without_safetensors(fails: Fails, world: World, tmp_path: Path) 
     shutil.copy(world.folder / "base" / "model.safetensors", bare)
     (bare / "config.json").unlink()
     assert f"base_model.path {bare}: its config.json cannot be loaded" in fails(f"base_model.path={bare}")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_base(fails: Fails, world: World, tmp_path: Path) -> None:
+    base = tmp_path / "small"
+    shutil.copytree(world.folder / "base", base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"vocab_size": 3}))
+    said = fails(f"base_model.path={base}")
+    assert said.startswith(f"calibration.sources.a: the tokenizer in {base} gives token ")
+    assert "the base's embedding has 3 rows; use the tokenizer that came with the base" in said
 
 
 def test_an_indexed_base_that_is_not_whole(fails: Fails, world: World, tmp_path: Path) -> None:

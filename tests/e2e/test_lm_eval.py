@@ -25,7 +25,7 @@ from nslora_dist.recipe import Recipe
 from nslora_dist.scoring import log_likelihoods
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'nslora_dist[lm-eval]'"
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install -e '.[lm-eval]'"
 )
 CPU = torch.device("cpu")
 TASKS = ["toy_answer", "toy_choice", "toy_group", "toy_rolling"]

@@ -30,6 +30,8 @@ def empty(name: str, **changes: Any) -> transformers.PreTrainedModel:
         ("Gemma2", {}, "final_logit_softcapping 30.0"),
         ("Gemma2", {"final_logit_softcapping": None}, "embed_tokens, a Gemma2TextScaledWordEmbedding"),
         ("GPT2", {}, "has not the LLaMA layout"),
+        ("Mixtral", {"num_local_experts": 2}, "model.layers.0 is a mixture of experts"),
+        ("Qwen3Moe", {"num_experts": 2, "moe_intermediate_size": 64}, "model.layers.0 is a mixture of experts"),
     ],
 )
 def test_what_is_done_between_the_parts_is_refused(name: str, changes: dict[str, Any], said: str) -> None:

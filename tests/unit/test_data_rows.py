@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 import pytest
+import transformers
 from test_data_tools import bpe, llama_sentencepiece, offline, write_jsonl
 
 from nslora_dist import dist
@@ -123,6 +124,10 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     folder = files(tmp_path)["folder"]
     assert message(Texts(path=folder, split="dev")).startswith("data.split 'dev'")
     assert message(Texts(path=folder, subset="zz"))
+    datasets.load_dataset("json", data_files=good, split="train").save_to_disk(tmp_path / "saved")
+    assert "is a folder of save_to_disk; write its split with to_parquet" in message(
+        Texts(path=str(tmp_path / "saved"))
+    )
     (tmp_path / "void").mkdir()
     assert "cannot be read as a folder of data files" in message(Texts(path=str(tmp_path / "void")))
 
@@ -137,6 +142,12 @@ def test_tokenizer_errors(tmp_path: Path) -> None:
     assert said(str(tmp_path / "none")).endswith("no such folder; give a local model folder or a hub name")
     assert said("nobody/nothing").startswith("base_model.path nobody/nothing: no tokenizer could be loaded (")
     assert said(str(tmp_path)).startswith(f"base_model.path {tmp_path}: no tokenizer could be loaded (")
+    transformers.Qwen2Config(vocab_size=50).save_pretrained(
+        tmp_path / "config_alone"
+    )  # of which transformers makes an empty one
+    assert ": no tokenizer is there, or one that knows no token but special ones" in said(
+        str(tmp_path / "config_alone")
+    )
     bpe().save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     settings = {k: v for k, v in settings.items() if k not in ("eos_token", "pad_token")}

@@ -16,9 +16,9 @@ FLOORS = (
     "bad_rows json_rows column_rows rows heads batches samples data calibration_data base_files base_config base_model "
     "base_weights input_groups attach calibration supervised card export engines run_folder update_grams "
     "merging",
-    "live_model live_calibration peft_start checkpoint checkpoint_files arm_job arm_stage arms export_arm trainer "
-    "evaluate effects report lm_eval_bridge lm_eval_tasks scoring plots dry_run plan tiny_world tiny_tasks pretrain "
-    "budget merge_report",
+    "live_model live_grams live_calibration peft_start checkpoint checkpoint_files arm_job arm_stage arms export_arm "
+    "trainer evaluate effects report lm_eval_bridge lm_eval_tasks scoring plots dry_run plan tiny_world tiny_tasks "
+    "pretrain budget merge_report",
     "pipeline command merge evaluate_adapter study",
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}

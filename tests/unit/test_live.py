@@ -170,6 +170,9 @@ def test_a_start_that_leaves_the_base_alone_is_replaced(tmp_path: Path) -> None:
         ({"r": 6, "use_dora": True}, "is DoRA"),
         ({"r": 6, "init_lora_weights": "pissa"}, "has rewritten the base's weights"),
         ({"r": 6, "init_lora_weights": "mica"}, "freezes B"),
+        ({"r": 6, "lora_bias": True}, "trains biases, which no null space holds back"),
+        ({"r": 6, "bias": "all"}, "trains biases"),
+        ({"r": 6, "target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens is an embedding with an adapter"),
     ],
 )
 def test_what_does_not_fit_is_said(config: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -260,6 +263,16 @@ def test_bad_input(tmp_path: Path) -> None:
         nslora_dist.calibrate(model, iter(batches), rank=6)
     with pytest.raises(UserError, match="no linear 'q_porj' \\(did you mean 'q_proj'\\?\\)"):
         nslora_dist.calibrate(model, batches, rank=6, target_modules=["q_porj"])
+    with pytest.raises(UserError, match="target_modules 'q_proj' is one text; give a list"):
+        nslora_dist.calibrate(model, batches, rank=6, target_modules="q_proj")
+    with pytest.raises(UserError, match=r"a_init 'project' \(did you mean 'projected'\?\); there is orthonormal and"):
+        nslora_dist.calibrate(model, batches, rank=6, a_init="project")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="method 'fats' .*there is fast and eigh"):
+        nslora_dist.calibrate(model, batches, rank=6, method="fats")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="rank 0; give 1 or more"):
+        nslora_dist.calibrate(model, batches, rank=0)
+    with pytest.raises(UserError, match="a batch is a list; wanted are mappings"):
+        nslora_dist.calibrate(model, [[torch.zeros(1), torch.zeros(1)]], rank=6)
     with pytest.raises(UserError, match="rank 65 is above the 64 inputs"):
         nslora_dist.calibrate(model, batches, rank=65)
     with pytest.raises(UserError, match="there are no batches"):
@@ -274,6 +287,64 @@ def test_bad_input(tmp_path: Path) -> None:
         model.get_submodule("model.layers.1.mlp.up_proj").weight[0, 0] = torch.nan
     with pytest.raises(UserError, match=r"inputs of model.layers.1.mlp.down_proj are not finite"):
         nslora_dist.calibrate(model, batches, rank=6, target_modules=["down_proj"])
+
+
+def test_what_peft_thaws_is_found_and_frozen_again(tmp_path: Path) -> None:
+    """PEFT sets A to be trained again on leaving disable_adapter; then what A reads is no null space any more."""
+    torch.manual_seed(0)
+    model, batches, targets = llama()
+    nslora_dist.calibrate(model, batches, rank=6, folder=tmp_path / "n", target_modules=targets)
+    peft = get_peft_model(model, LoraConfig(r=6, target_modules=targets))
+    layers = nslora_dist.init_peft(peft, tmp_path / "n")
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.lora_B["default"].weight.normal_()
+    found = nslora_dist.peft_interference(peft, tmp_path / "n")
+    with peft.disable_adapter():
+        peft(**batches[0])
+    some = next(iter(layers.values()))
+    assert some.lora_A["default"].weight.requires_grad
+    nslora_dist.init_peft(peft, tmp_path / "n", keep_b=True)
+    assert not any(layer.lora_A["default"].weight.requires_grad for layer in layers.values())
+    assert nslora_dist.peft_interference(peft, tmp_path / "n") == found
+    before = some.lora_A["default"].weight.clone()
+    for through in (torch.bfloat16, torch.float16):  # saved and loaded in 16 bits it is still the null space's
+        some.lora_A["default"].weight.data.copy_(before.to(through))
+        nslora_dist.peft_interference(peft, tmp_path / "n")
+    some.lora_A["default"].weight.data.copy_(before * (1 + 1e-3))
+    with pytest.raises(UserError, match=r"the lora_A of .* is not the null space's.*call init_peft after them"):
+        nslora_dist.peft_interference(peft, tmp_path / "n")
+
+
+@pytest.mark.parametrize("a_init", ["orthonormal", "projected"])
+def test_the_caller_s_autocast_rounds_nothing(a_init: Any, tmp_path: Path) -> None:
+    """Under it Uᵀ G U came out in 16 bits, and the null space could not be read again."""
+    torch.manual_seed(0)
+    model, batches, targets = llama()
+    with torch.autocast("cpu", torch.bfloat16):
+        space = nslora_dist.calibrate(
+            model, batches, rank=6, folder=tmp_path / "n", target_modules=targets, a_init=a_init
+        )
+        peft = get_peft_model(model, LoraConfig(r=6, target_modules=targets))
+        layers = nslora_dist.init_peft(peft, tmp_path / "n")
+        nslora_dist.peft_interference(peft, tmp_path / "n")
+    for name, start in space.starts(layers, device=torch.device("cpu")):
+        assert torch.equal(layers[name].lora_A["default"].weight, start.a)
+    assert {tensor.dtype for tensor in space.tensors.values()} == {torch.float32}
+
+
+def test_wrapped_and_inferring_models_and_lists_of_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, batches, targets = llama()
+    tensors = [[batch["input_ids"]] for batch in batches]  # as a DataLoader of a TensorDataset gives them
+    with torch.inference_mode():
+        space = nslora_dist.calibrate(model, tensors, rank=6, folder=tmp_path / "n", target_modules=targets)
+    named = nslora_dist.calibrate(model, batches, rank=6, target_modules=targets)
+    assert space.manifest["groups"].keys() == named.manifest["groups"].keys()
+    peft = get_peft_model(model, LoraConfig(r=6, target_modules=targets))
+    compiled = Wrapper(torch.compile(peft))  # not run, so not compiled
+    layers = nslora_dist.init_peft(compiled, tmp_path / "n")
+    assert layers.keys() == space.manifest["modules"].keys()
 
 
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:

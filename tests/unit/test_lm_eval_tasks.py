@@ -23,7 +23,7 @@ from nslora_dist.recipe_lm_eval import LmEvalSection
 from nslora_dist.report import write_report
 
 needs_lm_eval = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'nslora_dist[lm-eval]'"
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install -e '.[lm-eval]'"
 )
 
 
@@ -82,7 +82,7 @@ def test_without_lm_eval_it_says_how_to_get_it(base: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     said = complaint(base, "gsm8k")
-    assert "pip install 'nslora_dist[lm-eval]'" in said and "evaluation.lm_eval=null" in said
+    assert "pip install -e '.[lm-eval]'" in said and "evaluation.lm_eval=null" in said
 
 
 @needs_lm_eval

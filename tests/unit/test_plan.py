@@ -311,7 +311,7 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
         ("--gpus 3", "is no multiple of micro_batch_size"),
         ("--gpus 0", "--gpus 0: a whole number from 1"),
         ("--gpus 2.5", "--gpus 2.5: a whole number from 1"),
-        ("--steps -3", "'-3' is no quantity"),
+        ("--steps -3", "--steps: '-3' is no quantity"),
         ("--steps 2.5", "--steps 2.5: a whole number from 1"),
         ("--gpus 8 engine.name=single", "engine.name single runs in one process, not on 8 ranks"),
         ("--flops 0", "--flops 0: dense matrix rate of a GPU in the compute dtype, per second; wanted is above 0"),
@@ -320,7 +320,7 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
         ("--gpu-memory 1GB", "--gpu-memory 1e+09: nothing is left of it beside --context 1.5e+09"),
         ("--sweep /nowhere/x.csv", "--sweep /nowhere/x.csv: there is no folder /nowhere"),
         ("--plot x.foo", "--plot x.foo: wanted is a name that ends in .png, .pdf, .svg"),
-        ("--gpu-memory much", "'much' is no quantity"),
+        ("--gpu-memory much", "--gpu-memory: 'much' is no quantity"),
         ("train.nonsense=1", "unknown key"),
     ],
 )

@@ -196,6 +196,11 @@ def test_another_engine_on_the_command_line_leaves_the_zero_file_behind() -> Non
         ("data.template=[", "not readable as YAML"),
         ("adapter.rnak=3", "adapter.rnak: unknown key (did you mean 'rank'?) (on the command line)"),
         ("adapter.rank=many", "adapter.rank: input should be a valid integer"),
+        ("adapter.target_modules=q_proj", "adapter.target_modules: wanted is a list, as [a, b], got 'q_proj'"),
+        (
+            "evaluation.retention.k=./d.jsonl",
+            "evaluation.retention.k: wanted is a section of keys, as {key: value}, got",
+        ),
     ],
 )
 def test_a_bad_override_is_named(tmp_path: Path, override: str, said: str) -> None:
