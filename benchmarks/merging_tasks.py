@@ -5,7 +5,7 @@
 Tasks: differences, minima, and facts about new people (``nslora_dist/tiny_tasks.py``). Two kinds of adapters:
 
 - lora: plain LoRA of rank 8;
-- shared_a: LoRA-Null of rank 16, A frozen in the null space of one calibration (orthonormal, so A is the same).
+- shared_a: LoRA-Null of rank 32, A frozen in the null space of one calibration (orthonormal, so A is the same).
 
 Everything is done by the shipped scripts in processes of their own: ``launch/train.py`` once a task for both kinds,
 ``launch/merge.py`` once a merge, ``launch/evaluate.py`` once for all. Learning rates are the demo's, coefficients were
@@ -37,7 +37,7 @@ from nslora_dist.card import markdown_table
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "recipes" / "tiny"
 KINDS = {"lora": "baselines/lora", "shared_a": "adapter"}
-RANKS = {"lora": 8, "shared_a": 16}
+RANKS = {"lora": 8, "shared_a": 32}
 KEPT = ("facts", "sum", "maximum")
 SIZE: dict[str, Any] = {"steps": 400, "batch": 32, "texts": 256, "asked": 600, "nsc_steps": 500, "nsc_inputs": 32}
 ROWS = {"train_rows": 3000, "test_rows": 256, "people": 20}

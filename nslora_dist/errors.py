@@ -87,9 +87,11 @@ def machine_error(error: BaseException, where: str) -> UserError | None:
     """What a person is told of memory that is full, or of GPUs that ranks share; None for any other exception.
 
     Args:
-        error: any, NCCL's too, whose cause stands in its last lines.
+        error: any, NCCL's too, whose cause stands in its last lines; of what is told already nothing is made.
         where: the phase that it came from.
     """
+    if isinstance(error, UserError):
+        return None
     text = str(error)
     said = text.strip().partition("\n")[0]
     if "Duplicate GPU detected" in text:

@@ -86,7 +86,8 @@ def weight_null_space(
     its own Gram matrix: W̃ = Wᵀ u / σ would carry the other side's vectors over, but divides their error by σ.
 
     Cost: a Gram matrix n³-like product a side, and on it `eigh` or, with "fast", one Cholesky factor; n is the short
-    side, or for nearly square matrices (sides closer than `dim`) each in turn. Memory: two n × n float64 matrices.
+    side, or for nearly square matrices (sides closer than `dim`) each in turn. Memory: n × n
+    float64 matrices, two with "fast", four with `eigh`, and one more where both sides are decomposed.
 
     Args:
         weight: (d_out, d_in), any float dtype; dequantised if it was quantised.

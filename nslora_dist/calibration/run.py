@@ -2,7 +2,8 @@
 
 While a block's Grams are solved on their owners, in a thread without collectives, the next block is read and its
 sequences run; only then are the bases sent round and the held-out texts and probes measured in them. Two blocks'
-weights are in memory, one block's Grams, and the hidden states, whatever the depth.
+weights are in memory, one block's Grams, on an owner also those of the block that it solves, and the hidden states,
+whatever the depth.
 """
 
 import logging

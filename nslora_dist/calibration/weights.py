@@ -1,7 +1,8 @@
 """The null spaces of the weights themselves, decomposed block by block (METHODS.md §2.1), and the same on disk.
 
-Every rank that owns a weight of a block reads that block, as the calibration pass does, decomposes its share, and
-frees the block; what it found goes to rank 0. A 4-bit base is decomposed as it computes, dequantised.
+All ranks read a block together, each its share of the rows, and exchange them, as the calibration pass does; then each
+decomposes the weights that it owns and frees the block, and what it found goes to rank 0. A 4-bit base is decomposed
+as it computes, dequantised.
 
 ``weight_null_space/<key>/weight_null_space.safetensors`` holds, all float32, for the arms of one base, ``null_dim``,
 ``null_threshold`` and targets:
