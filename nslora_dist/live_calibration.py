@@ -1,6 +1,6 @@
 """Calibrating any Hugging Face model where it stands: whole or sharded, in 4 bits, language model, encoder or vision.
 
-For people who train with PEFT, TRL or a loop of their own (``init_peft.py`` is the other half). The streamed pass of
+For people who train with PEFT, TRL or a loop of their own (``peft_start.py`` is the other half). The streamed pass of
 ``calibration/`` reads a checkpoint block by block and knows LLaMA's layout; this one runs the model's own forward pass
 under hooks, so it needs no layout and leaves sharding to whoever did it.
 """
