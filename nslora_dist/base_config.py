@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,20 +75,26 @@ def check_context(config: PreTrainedConfig, key: str, length: int) -> None:
         )
 
 
-def check_tokens(config: PreTrainedConfig, path: str, key: str, largest: int) -> None:
-    """Whether the base's embedding has a row for every token of the texts under ``key``.
+def check_tokens(config: PreTrainedConfig, path: str, largest: Mapping[str, int]) -> None:
+    """Whether the base's embedding has a row for every token of the texts.
 
     A tokenizer may hold tokens that were added to it and not to the base, as long as no text has them.
+
+    Args:
+        config: the base's.
+        path: ``base_model.path``.
+        largest: the texts' place in the recipe → their largest token.
 
     Raises:
         UserError: it has not; on a GPU the look-up would end in an assertion that names nothing.
     """
     rows = getattr(config, "vocab_size", None)
-    if isinstance(rows, int) and largest >= rows:
-        raise UserError(
-            f"{key}: the tokenizer in {path} gives token {largest}, and the base's embedding has {rows} rows; use the "
-            "tokenizer that came with the base, or enlarge the base (resize_token_embeddings) and save it"
-        )
+    for key, token in largest.items():
+        if isinstance(rows, int) and token >= rows:
+            raise UserError(
+                f"{key}: the tokenizer in {path} gives token {token}, and the base's embedding has {rows} rows; use "
+                "the tokenizer that came with the base, or enlarge the base (resize_token_embeddings) and save it"
+            )
 
 
 def context_of(config: PreTrainedConfig) -> int | None:

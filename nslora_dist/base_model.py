@@ -104,11 +104,11 @@ def _check_layout(model: PreTrainedModel, path: str) -> None:
         raise UserError(
             f"{where}: its embed_tokens, a {type(inner.embed_tokens).__name__}, does more than look tokens up; {remedy}"
         )
-    held = [name for name, part in inner.named_children() if any(True for _ in (*part.parameters(), *part.buffers()))]
-    held += [name for name, _ in (*inner.named_parameters(recurse=False), *inner.named_buffers(recurse=False))]
     for name, block in blocks(model):
         if any(parameter.dim() > 2 for parameter in block.parameters()):
             raise UserError(f"{where}: {kind}'s {name} is a mixture of experts, which is not handled; {remedy}")
+    held = [name for name, part in inner.named_children() if any(True for _ in (*part.parameters(), *part.buffers()))]
+    held += [name for name, _ in (*inner.named_parameters(recurse=False), *inner.named_buffers(recurse=False))]
     if more := [name for name in held if name not in PARTS]:
         raise UserError(f"{where}: {kind} has parts that the LLaMA layout has not, model.{more[0]}; {remedy}")
 

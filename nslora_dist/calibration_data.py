@@ -46,6 +46,11 @@ class CalibrationTexts:
     counts: RowCounts = field(default_factory=RowCounts)
 
     @property
+    def place(self) -> str:
+        """Where it stands in the recipe."""
+        return f"calibration.{'probes' if self.weight is None else 'sources'}.{self.name}"
+
+    @property
     def largest_token(self) -> int:
         """Of all sequences."""
         return max(int(sequence.max()) for sequence in (*self.calibration, *self.heldout))

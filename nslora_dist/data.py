@@ -50,7 +50,7 @@ class TrainingData:
         self.tokens = len(samples.tokens)
         self.truncated, self.without_response = samples.counts.too_long, samples.counts.left_out
         self.counts, self.bad_rows, self.duplicates = samples.counts, samples.counts.bad, samples.counts.duplicates
-        self.hash = samples.digest()
+        self.hash = samples.hash
         self._packs: list[list[int]] | None = None
         self._lengths = samples.lengths  # of what a global batch counts: packs or samples
         self._shuffled = -1, np.zeros(0, np.int64)

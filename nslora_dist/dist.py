@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nslora_dist import logs, watch
-from nslora_dist.errors import BY_STATUS, EXIT_BUG, Preempted, UserError, machine_error, storage_error
+from nslora_dist.errors import BY_STATUS, EXIT_BUG, Preempted, UserError, known_error
 from nslora_dist.guard import HEARTBEAT_SECONDS, Guard
 from nslora_dist.meeting import join, launcher_keeps_store, same_kind
 from nslora_dist.peers import Peers
@@ -303,7 +303,7 @@ def together(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        failure = storage_error(error) or machine_error(error, what) or error
+        failure = known_error(error, what) or error
         if failure is not error:
             failure.__cause__ = error
     if world_size() == 1:

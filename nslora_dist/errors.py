@@ -83,6 +83,11 @@ def unwritable(where: str, error: OSError) -> UserError:
     return StorageError(f"{said}; {remedy} and run the same command again")
 
 
+def known_error(error: BaseException, where: str) -> UserError | None:
+    """What a person is told of an exception that is no fault of this program, in the phase ``where``; else None."""
+    return storage_error(error) or machine_error(error, where)
+
+
 def machine_error(error: BaseException, where: str) -> UserError | None:
     """What a person is told of memory that is full, or of GPUs that ranks share; None for any other exception.
 

@@ -78,9 +78,8 @@ def run_evaluation(recipe: Recipe, device: torch.device, *, adapter: Sequence[st
     texts = calibration_texts(recipe.calibration, tokenizer)
     sets = EvaluationSets.load(recipe.evaluation, tokenizer, base=base, context=context_of(config))
     with dist.together("looking at the data"):
-        of_texts = {f"calibration, {text.name}": text.largest_token for text in texts}
-        for where, largest in (of_texts | sets.largest_tokens).items():
-            check_tokens(config, recipe.base_model.path, where, largest)
+        largest = {text.place: text.largest_token for text in texts} | sets.largest_tokens
+        check_tokens(config, recipe.base_model.path, largest)
     engine = start_engine(make_set_job(recipe, config, checkpoint, shapes, stored, device=device), recipe)
     scores, disturbed = {"base": evaluate(engine, sets.before_training(), device=device)}, {}
     for name, own in stored.items():

@@ -56,9 +56,8 @@ class Run:
         with self.clock.phase("data"):
             self.tokenizer = load_tokenizer(recipe.base_model, embedded=self.config.vocab_size)
             self.texts = calibration_texts(recipe.calibration, self.tokenizer)
-        for text in self.texts:
-            where = f"calibration.{'probes' if text.weight is None else 'sources'}.{text.name}"
-            check_tokens(self.config, recipe.base_model.path, where, text.largest_token)
+        largest = {text.place: text.largest_token for text in self.texts}
+        check_tokens(self.config, recipe.base_model.path, largest)
 
     def _groups(self, recipe: Recipe) -> list[InputGroup]:
         return target_groups(input_groups(build_empty(recipe.base_model, self.config)), recipe.adapter)
@@ -176,8 +175,8 @@ class Run:
             context = context_of(self.config)
             sets = EvaluationSets.load(recipe.evaluation, self.tokenizer, base=self.base_folder, context=context)
             with dist.together("looking at the data"):  # of evaluation each rank has its own
-                for where, largest in ({"data": data.largest_token} | sets.largest_tokens).items():
-                    check_tokens(self.config, recipe.base_model.path, where, largest)
+                largest = {"data": data.largest_token} | sets.largest_tokens
+                check_tokens(self.config, recipe.base_model.path, largest)
         for arm in (recipe, *baselines.values()):
             self._check_room(arm, "load", "train", "measure", "export")
         claim_folder(recipe)
@@ -235,9 +234,7 @@ class Run:
     def _row_counts(self, data: TrainingData, sets: EvaluationSets) -> dict[str, Any]:
         """What became of the rows of every set that was read, by its place in the recipe."""
         counts = {"data": data.counts}
-        for text in self.texts:
-            kind = "probes" if text.weight is None else "sources"
-            counts[f"calibration.{kind}.{text.name}"] = text.counts
+        counts |= {text.place: text.counts for text in self.texts}
         counts |= {f"evaluation.{name}": found for name, found in sets.counts.items()}
         return {name: found.facts() for name, found in counts.items()}
 

@@ -4,7 +4,7 @@ import logging
 import traceback
 
 from nslora_dist import logs, watch
-from nslora_dist.errors import Fault, UserError, machine_error, storage_error
+from nslora_dist.errors import Fault, UserError, known_error, machine_error
 
 log = logging.getLogger("nslora_dist")
 
@@ -41,7 +41,7 @@ def described(error: BaseException) -> UserError:
     if isinstance(error, UserError):
         return error
     log.error("%s", error, exc_info=error)
-    known = storage_error(error) or machine_error(error, str(watch.current()))
+    known = known_error(error, str(watch.current()))
     if known is not None:
         return known
     where, text = logs.path(), str(error).strip().partition("\n")[0]

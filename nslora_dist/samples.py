@@ -8,6 +8,7 @@ import hashlib
 import logging
 from array import array
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -68,8 +69,9 @@ class Samples:
         """(samples,), int64: tokens of each sample that are predicted and scored."""
         return self.lengths - np.maximum(1, self.prompt_lengths)
 
-    def digest(self) -> str:
-        """sha256 over tokens, borders and prompt lengths."""
+    @cached_property
+    def hash(self) -> str:
+        """sha256 over tokens, borders and prompt lengths; once, whoever trains on them."""
         digest = hashlib.sha256()
         for part, kind in ((self.tokens, "<i4"), (self.offsets, "<i8"), (self.prompt_lengths, "<i8")):
             digest.update(part.astype(kind).tobytes())

@@ -121,7 +121,8 @@ def _summary(
     _say(f"{len(own)} of {len(cells)} cells are summed up in {path}")
     if page is None and section is None:
         return
-    from nslora_dist.study.page import Figures, write_page, write_section
+    from nslora_dist.study.figures import Figures
+    from nslora_dist.study.page import write_page, write_section
 
     figures = Figures(artifacts.read_json(folder / "summary.json"), path.read_text(encoding="utf-8"), own, len(cells))
     if page is not None:

@@ -11,8 +11,9 @@ from helpers.launching import ROOT
 from nslora_dist.errors import UserError
 from nslora_dist.study.analysis import analyse, whole_arms
 from nslora_dist.study.cells import cells_of
+from nslora_dist.study.figures import Figures
 from nslora_dist.study.lines import of_cells, read_lines, round_floats
-from nslora_dist.study.page import Figures, filled, section_of, text_of_page, write_page, write_section
+from nslora_dist.study.page import filled, section_of, text_of_page, write_page, write_section
 from nslora_dist.study.prediction import predict
 from nslora_dist.study.settings import Line
 from nslora_dist.study.spec import load_study
