@@ -1,30 +1,29 @@
-"""EleutherAI's lm-eval on the engine's own model; the package is imported here alone, and only where it is asked for.
+"""EleutherAI's lm-eval on the engine's own model; the package is imported only where it is asked for.
 
 Rank 0 runs lm-eval: it alone loads tasks, makes prompts and counts. Whenever lm-eval asks its model for something,
-all ranks answer together (``scoring.py``), so that a model that fits no single GPU needs no second copy.
+all ranks answer together (``lm_eval_model.py``), so that a model that fits no single GPU needs no second copy.
 """
 
 import hashlib
 import importlib.metadata
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from nslora_dist import artifacts, dist, watch
 from nslora_dist.engines import Engine
 from nslora_dist.errors import UserError
+from nslora_dist.lm_eval_model import Base, EngineModel
 from nslora_dist.lm_eval_tasks import load_tasks, warn_of_settings
 from nslora_dist.recipe_lm_eval import LmEvalSection
-from nslora_dist.scoring import continuations, log_likelihoods
 
 SEED = 1234
 """lm-eval's own default, for few-shot examples."""
@@ -49,13 +48,13 @@ class LmEval:
         Raises:
             UserError: lm-eval is not installed, a task is unknown, cannot be loaded, or asks for what is not here.
         """
-        self.section, self.base = section, base
-        self.tokenizer = deepcopy(tokenizer)  # lm-eval gives one without a pad token a pad token
+        self.section = section
         self.tasks: Mapping[str, Any] = {}
         found = ""
         with dist.together("loading lm-eval's tasks"):
-            generation = _generation(base)
-            self.ends = _end_tokens(generation, tokenizer)
+            config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+            generation = _generation(base, config)
+            self.base = Base(base, config, deepcopy(tokenizer), _end_tokens(generation, tokenizer))
             if section.apply_chat_template and not tokenizer.chat_template:
                 raise UserError(
                     f"evaluation.lm_eval.apply_chat_template: the tokenizer in {base} has no chat template; set it to "
@@ -63,7 +62,7 @@ class LmEval:
                 )
             if dist.is_main():
                 with watch.working():  # data sets may have to be fetched
-                    self.tasks = load_tasks(section, most=_max_length(base, tokenizer))
+                    self.tasks = load_tasks(section, most=_max_length(config, tokenizer))
                 warn_of_settings(generation, self.tasks["tasks"])
                 found = _hash(section)
         self.hash = str(dist.share(found))
@@ -76,7 +75,7 @@ class LmEval:
         Raises:
             Preempted: a rank was asked to stop.
         """
-        model = _Model(self, engine, device)
+        model = EngineModel(self.base, engine, batch_size=self.section.batch_size, device=device)
         results: dict[str, Any] = {}
         failure: Exception | None = None
         if dist.is_main():
@@ -97,7 +96,7 @@ class LmEval:
         shared: Any = dist.share(results)
         return shared
 
-    def _evaluate(self, model: "_Model") -> dict[str, Any]:
+    def _evaluate(self, model: EngineModel) -> dict[str, Any]:
         from lm_eval.evaluator import evaluate
 
         for task in self.tasks["tasks"].values():
@@ -115,152 +114,31 @@ class LmEval:
         return _figures(found)
 
 
-class _Model:
-    """What the ranks do together: rank 0 sends a question, all answer it, rank 0 takes the answers."""
-
-    def __init__(self, own: LmEval, engine: Engine, device: torch.device) -> None:
-        self.own, self.engine, self.device = own, engine, device
-        self.answering = False
-
-    def ask(self, question: tuple[Any, ...]) -> list[Any]:
-        """On rank 0: ``answer`` on every rank."""
-        dist.share(question, patient=True)
-        return self.answer(question)
-
-    def answer(self, question: Any) -> list[Any]:
-        """One question: rows to score, or rows to continue until a text comes up."""
-        kind, rows, *more = question
-        tokenizer = self.own.tokenizer
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        common: dict[str, Any] = {
-            "batch_size": self.own.section.batch_size,
-            "pad": pad or 0,
-            "device": self.device,
-            "name": f"lm-eval, {kind}",
-        }
-        self.answering = True
-        answers: list[Any]
-        if kind == "log-likelihoods":
-            answers = log_likelihoods(self.engine, rows, **common)
-        else:
-            until, most = more
-            answers = continuations(self.engine, rows, ends=self._ends(until), most=most, **common)
-        self.answering = False
-        return answers
-
-    def _ends(self, until: Sequence[str]) -> Callable[[list[int]], bool]:
-        tokenizer, ends = self.own.tokenizer, self.own.ends
-        # As lm-eval's own model does it: a text may come about by other tokens than its own, hence two more.
-        longest = max((len(tokenizer.encode(text, add_special_tokens=False)) for text in until), default=0) + 2
-
-        def ended(new: list[int]) -> bool:
-            if new[-1] in ends:
-                return True
-            tail = str(tokenizer.decode(new[-longest:]))
-            return any(text in tail for text in until if text)
-
-        return ended
-
-    def as_lm(self) -> Any:
-        """The model as lm-eval takes it. How texts become tokens and back is lm-eval's own code for Hugging Face."""
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
-        model, own = self, self.own
-
-        class EngineLM(HFLM):
-            """Answers lm-eval's requests from the engine."""
-
-            def __init__(self) -> None:
-                # lm-eval looks at no more of a model that it has not loaded itself; its passes are all below.
-                stand_in = SimpleNamespace(config=_config(own.base), device=model.device, name_or_path=str(own.base))
-                super().__init__(stand_in, backend="causal", tokenizer=own.tokenizer)
-
-            def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
-                return super().loglikelihood(requests, disable_tqdm=True)
-
-            def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
-                return model.ask(("log-likelihoods", [self._row(before, scored) for _, before, scored in requests]))
-
-            def _row(self, before: list[int], scored: list[int]) -> tuple[np.ndarray, int]:
-                if not before or not scored:  # lm-eval's own model refuses these as well
-                    text = self.tok_decode([*before, *scored])[-60:]
-                    what = "nothing before the answer" if scored else "an answer that adds no token to its question"
-                    raise UserError(f"evaluation.lm_eval: a task has {what}, at '{text}'; leave that task out")
-                if len(scored) > self.max_length:
-                    raise UserError(
-                        f"evaluation.lm_eval: an answer of {len(scored)} tokens, and the model takes {self.max_length}"
-                    )
-                row = np.array((before + scored)[-(self.max_length + 1) :], dtype=np.int32)
-                return row, len(scored)
-
-            def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
-                windows = [
-                    [
-                        self._row(*make_disjoint_window(window))
-                        for window in get_rolling_token_windows(
-                            token_list=self.tok_encode(request.args[0]),
-                            prefix_token=self.prefix_token_id,
-                            max_seq_len=self.max_length,
-                            context_len=1,
-                        )
-                    ]
-                    for request in requests
-                ]
-                found = iter(model.ask(("log-likelihoods", [row for rows in windows for row in rows])))
-                return [sum(next(found)[0] for _ in rows) for rows in windows]
-
-            def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
-                eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-                kinds: dict[tuple[tuple[str, ...], int], list[int]] = {}
-                for number, request in enumerate(requests):
-                    wanted = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
-                    until = handle_stop_sequences(wanted["until"], eos=eos)
-                    kinds.setdefault((tuple(until), wanted["max_gen_toks"]), []).append(number)
-                texts = [""] * len(requests)
-                for (until, most), numbers in kinds.items():
-                    rows = [self._prompt(requests[number].args[0], self.max_length - most) for number in numbers]
-                    for number, new in zip(numbers, model.ask(("answers", rows, until, most)), strict=True):
-                        texts[number] = postprocess_generated_text(self.tok_decode(new), list(until), None)
-                return texts
-
-            def _prompt(self, text: str, most: int) -> np.ndarray:
-                ids, _ = self.tok_batch_encode([text], left_truncate_len=most)
-                return ids[0].numpy().astype(np.int32)
-
-        return EngineLM()
-
-
-def _config(base: Path) -> Any:
-    return AutoConfig.from_pretrained(base, trust_remote_code=False)
-
-
-def _max_length(base: Path, tokenizer: PreTrainedTokenizerBase) -> Callable[[], int]:
+def _max_length(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[], int]:
     """The tokens that lm-eval gives this model, once lm-eval is known to be there."""
 
     def found() -> int:
         from lm_eval.defaults import DEFAULT_MAX_LENGTH
         from lm_eval.models.utils import resolve_max_length
 
-        return int(resolve_max_length(_config(base), tokenizer, default=DEFAULT_MAX_LENGTH))
+        return int(resolve_max_length(config, tokenizer, default=DEFAULT_MAX_LENGTH))
 
     return found
 
 
-def _generation(base: Path) -> GenerationConfig:
+def _generation(base: Path, config: PreTrainedConfig) -> GenerationConfig:
     """What the base says of generation: in ``generation_config.json``, else in the model's config."""
     try:
         return GenerationConfig.from_pretrained(base)
     except OSError:
-        return GenerationConfig.from_model_config(_config(base))
+        return GenerationConfig.from_model_config(config)
 
 
-def _end_tokens(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def _end_tokens(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The tokens that end an answer: the tokenizer's and the base's."""
     named: Any = generation.eos_token_id
     listed = named if isinstance(named, list) else [named]
-    return {int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None}
+    return frozenset(int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None)
 
 
 def _hash(section: LmEvalSection) -> str:

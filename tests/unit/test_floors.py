@@ -17,8 +17,8 @@ FLOORS = (
     "base_weights input_groups attach calibration supervised card export engines run_folder update_grams "
     "merging",
     "live_model live_grams live_calibration peft_start checkpoint checkpoint_files arm_job arm_stage arms export_arm "
-    "trainer evaluate effects report lm_eval_bridge lm_eval_tasks scoring plots dry_run plan tiny_world tiny_tasks "
-    "pretrain budget merge_report",
+    "trainer evaluate effects report lm_eval_bridge lm_eval_model lm_eval_tasks scoring plots dry_run plan tiny_world "
+    "tiny_tasks pretrain budget merge_report",
     "pipeline command merge evaluate_adapter study",
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
@@ -29,7 +29,7 @@ ALONE = {
     "deepspeed": {"engines/zero3.py"},
     "bitsandbytes": {"nf4.py"},
     "peft": {"export.py", "study/peers.py"},  # what is exported to PEFT, and what is compared with it
-    "lm_eval": {"lm_eval_bridge.py", "lm_eval_tasks.py"},
+    "lm_eval": {"lm_eval_bridge.py", "lm_eval_model.py", "lm_eval_tasks.py"},
 }
 
 

@@ -6,15 +6,17 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 import yaml
 from pydantic import ValidationError
 
 from helpers.world import make_base, write_rows
 from nslora_dist.card import lm_eval_table
 from nslora_dist.data import load_tokenizer
+from nslora_dist.engines import Engine
 from nslora_dist.errors import UserError
 from nslora_dist.lm_eval_bridge import LmEval
 from nslora_dist.recipe import BaseModelSection, without_volatile
@@ -138,6 +140,27 @@ def test_what_a_base_says_of_generation_and_is_not_applied_is_named(
     loaded(own, **common)
     (said,) = [record.getMessage() for record in caplog.records if "generation settings" in record.getMessage()]
     assert "have repetition_penalty=1.2, forced_bos_token_id=0; " in said and "the figures of toy_plain" in said
+
+
+@needs_lm_eval
+def test_a_token_that_the_base_has_no_row_for_is_told_before_any_rank_is_asked(tasks: Path, tmp_path: Path) -> None:
+    """On a GPU the look-up would end in an assertion that names nothing."""
+    own = make_base(tmp_path / "own")
+    config = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps(config | {"vocab_size": 4}))
+    asked = loaded(own, tasks=("toy_plain",), include_path=str(tasks))
+    with pytest.raises(UserError, match=r"lm_eval.tasks: the tokenizer in .* and the base's embedding has 4 rows"):
+        asked.run(cast(Engine, None), device=torch.device("cpu"))
+
+
+@needs_lm_eval
+def test_a_question_without_a_token_is_told(tasks: Path, tmp_path: Path) -> None:
+    """Qwen's tokenizer puts nothing before a text."""
+    base = make_base(tmp_path / "own", "qwen2")
+    write_rows(tasks / "rows.jsonl", [{"q": "", "a": "w3"}] * 3)
+    asked = loaded(base, tasks=("toy_plain",), include_path=str(tasks))
+    with pytest.raises(UserError, match="asks a question without any token"):
+        asked.run(cast(Engine, None), device=torch.device("cpu"))
 
 
 @needs_lm_eval
