@@ -6,7 +6,6 @@ weights are in memory, one block's Grams, on an owner also those of the block th
 whatever the depth.
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,10 +18,11 @@ from transformers import PreTrainedModel
 
 from nslora_dist import dist, watch
 from nslora_dist.base_files import Checkpoint
+from nslora_dist.calibration.entries import Entries, Sums, traces
 from nslora_dist.calibration.grams import NONE_BAD, Collector, GroupSums
-from nslora_dist.calibration.parts import AGAIN, Part, Parts
+from nslora_dist.calibration.parts import AGAIN, Parts
 from nslora_dist.calibration.solve import Solution, solve_group
-from nslora_dist.calibration.store import MIXTURE, NullSpace
+from nslora_dist.calibration.store import NullSpace
 from nslora_dist.calibration.stream import BlockStream, Texts
 from nslora_dist.calibration_data import CalibrationTexts, text_batches
 from nslora_dist.errors import Preempted, UserError
@@ -31,10 +31,6 @@ from nslora_dist.input_groups import InputGroup
 from nslora_dist.null_space import pack_triangle, unpack_triangle
 from nslora_dist.recipe import CalibrationSection
 from nslora_dist.recipe_adapter import AdapterSection
-
-log = logging.getLogger("nslora_dist")
-
-Sums = dict[str, GroupSums]
 
 
 @dataclass
@@ -70,9 +66,6 @@ class Calibration:
         self.adapter = adapter
         self.device = device
         self.parts = parts
-        self.tensors: dict[str, Tensor] = {}
-        self.group_entries: dict[str, Any] = {}
-        self.module_entries: dict[str, Any] = {}
         self.loads = [0.0] * dist.world_size()
 
     def run(self, texts: Sequence[CalibrationTexts]) -> NullSpace:
@@ -89,6 +82,7 @@ class Calibration:
             Preempted: a rank was asked to stop; the blocks that are done are on disk, where there are ``parts``.
         """
         self.weights = {t.name: t.weight for t in texts if t.weight is not None}
+        self.entries = Entries(self.weights)
         sources = [self._deal(t.name, t.calibration) for t in texts if t.weight is not None]
         self.heldout = [self._deal(t.name, t.heldout) for t in texts if t.weight is not None and t.heldout]
         self.probes = [self._deal(t.name, t.calibration) for t in texts if t.weight is None]
@@ -106,7 +100,9 @@ class Calibration:
                 groups = self._of_block(number)
                 # Widest first: dealt last, it would go to whoever has just got the narrow ones.
                 owners = {g.name: self._owner(g) for g in sorted(groups, key=lambda g: -g.in_features)}
-                if done and self._take_up(number):
+                part = self.parts.read(number) if done and self.parts is not None else None
+                if part is not None:  # an earlier process has done this block
+                    self.entries.take_up(part)
                     for text in (*sources, *self.heldout, *self.probes):
                         self.stream.run(number, text, Collector([], {}))
                     self.stream.release(number)
@@ -125,10 +121,10 @@ class Calibration:
         manifest = {
             "settings": {"rank": self.adapter.rank, "a_init": self.adapter.a_init, "form": self.adapter.form},
             "tokens": tokens,
-            "groups": self.group_entries,
-            "modules": self.module_entries,
+            "groups": self.entries.groups,
+            "modules": self.entries.modules,
         }
-        return NullSpace(manifest=manifest, tensors=self.tensors)
+        return NullSpace(manifest=manifest, tensors=self.entries.tensors)
 
     def _deal(self, name: str, sequences: Sequence[Tensor]) -> Texts:
         batches = text_batches(
@@ -207,19 +203,6 @@ class Calibration:
                         "base_model.dtype=float32"
                     )
 
-    def _traces(self, group: InputGroup, sums: dict[str, Sums]) -> dict[str, float]:
-        """tr(G_s) = Σ‖x‖² of every source, over all ranks."""
-        traces = {name: float(total[group.name].energy) for name, total in sums.items()}
-        if min(traces.values()) <= 0.0:
-            silent = min(traces, key=traces.__getitem__)
-            raise UserError(f"calibration.sources.{silent}: every input of {group.name} is zero; check its texts")
-        return traces
-
-    def _mixed(self, values: dict[str, float], traces: dict[str, float]) -> float:
-        """A quadratic sum of the mixture from those of its sources, as ``mix_grams`` weighs them (METHODS.md §1d)."""
-        mean, whole = sum(traces.values()) / len(traces), sum(self.weights.values())
-        return sum(self.weights[name] / whole * mean / traces[name] * value for name, value in values.items())
-
     def _solve(
         self, number: int, groups: Sequence[InputGroup], grams: dict[str, dict[str, Tensor]], sums: dict[str, Sums]
     ) -> dict[str, Solution]:
@@ -232,7 +215,7 @@ class Calibration:
                 grams.pop(group.name),
                 weights,
                 source_weights=self.weights,
-                traces=self._traces(group, sums),
+                traces=traces(group, sums),
                 adapter=self.adapter,
                 section=self.section,
             )
@@ -255,92 +238,15 @@ class Calibration:
             for tensor in found[group.name].tensors():
                 if tensor.numel():
                     dist.broadcast(tensor, source=pending.owners[group.name])
-            self._record(group, found[group.name], pending.sums)
+            self.entries.solved(group, found[group.name], pending.sums)
         bases = {name: solution.basis for name, solution in found.items()}
         held = {text.name: self._pass(pending.number, text, pending.groups, bases) for text in self.heldout}
         probed = {text.name: self._pass(pending.number, text, pending.groups, bases) for text in self.probes}
         self.stream.release(pending.number)
         for group in pending.groups:
-            self._record_measured(group, held, probed)
+            self.entries.measured(group, held, probed)
         if self.parts is not None:
-            self.parts.write(pending.number, self._part(pending.number))
-
-    def _part(self, number: int) -> Part:
-        """What the artifact has of one block."""
-        prefix = self.stream.blocks[number][0] + "."
-        groups, modules, tensors = (
-            {name: value for name, value in of.items() if name.startswith(prefix)}
-            for of in (self.group_entries, self.module_entries, self.tensors)
-        )
-        return Part({"groups": groups, "modules": modules}, tensors)
-
-    def _take_up(self, number: int) -> bool:
-        """Whether an earlier process has done this block; then the artifact has its share."""
-        part = None if self.parts is None else self.parts.read(number)
-        if part is None:
-            return False
-        self.group_entries |= part.entries["groups"]
-        self.module_entries |= part.entries["modules"]
-        self.tensors |= part.tensors
-        return True
-
-    def _record(self, group: InputGroup, solution: Solution, sums: dict[str, Sums]) -> None:
-        """Puts what the owner found, and the sources' energies, into the artifact."""
-        self._keep(f"{group.name}.basis", solution.basis)
-        self._keep(f"{group.name}.eigenvalues", solution.facts[3:])
-        if solution.spectrum.numel():
-            self._keep(f"{group.name}.spectrum", solution.spectrum)
-        for number, name in enumerate((*sums, MIXTURE)):
-            self._keep(f"{group.name}.update_gram.{name}", solution.update_grams[number])
-        for name, b in solution.start_b.items():
-            self._keep(f"{name}.start_B", b)
-        leaks, traces = solution.facts[:3].tolist(), self._traces(group, sums)
-        self.group_entries[group.name] = {
-            "modules": [shape.name for shape in group.modules],
-            "in_features": group.in_features,
-            "fell_back_to_eigh": bool(leaks[2]),
-            "leak": {"calibration": leaks[0], "heldout": None, "random": leaks[1]},
-        }
-        for number, shape in enumerate(group.modules):
-            if len(solution.mixes):
-                self._keep(f"{shape.name}.mix", solution.mixes[number])
-            references = {name: float(total[group.name].outputs[shape.name]) for name, total in sums.items()}
-            references[MIXTURE] = self._mixed(references, traces)
-            if dist.is_main() and not references[MIXTURE] > 0:
-                log.warning(
-                    "calibration: %s puts out nothing but zeros, so there is nothing to measure its update against: "
-                    "figures of interference leave it out",
-                    shape.name,
-                )
-            self.module_entries[shape.name] = {
-                "group": group.name,
-                "out_features": shape.out_features,
-                "mixed": bool(len(solution.mixes)),
-                "has_start_b": shape.name in solution.start_b,
-                "references": references,
-            }
-
-    def _record_measured(self, group: InputGroup, held: dict[str, Sums], probed: dict[str, Sums]) -> None:
-        """Puts the probes' small Grams and energies, and the held-out leak, into the artifact."""
-        for name, total in probed.items():
-            small = total[group.name].update_gram
-            assert small is not None
-            self._keep(f"{group.name}.update_gram.{name}", dist.all_reduce(small))
-            for module, energy in total[group.name].outputs.items():
-                self.module_entries[module]["references"][name] = float(energy)
-        leaks = {}
-        for name, total in held.items():
-            small = total[group.name].update_gram
-            assert small is not None
-            leaks[name] = float(dist.all_reduce(small.diagonal().sum()) / total[group.name].energy)
-        if leaks:
-            whole = sum(self.weights[name] for name in leaks)
-            mean = sum(self.weights[name] * value for name, value in leaks.items()) / whole
-            self.group_entries[group.name]["leak"]["heldout"] = mean
-
-    def _keep(self, name: str, value: Tensor) -> None:
-        if dist.is_main():
-            self.tensors[name] = value.to("cpu", torch.float32).contiguous().clone()
+            self.parts.write(pending.number, self.entries.of_block(self.stream.blocks[pending.number][0]))
 
 
 def _suspects(sums: Sums) -> Iterator[tuple[str, Tensor]]:
