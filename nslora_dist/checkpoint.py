@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nslora_dist import __version__, artifacts, dist, manifests, watch
+from nslora_dist import __version__, dist, folders, manifests, watch
 from nslora_dist.checkpoint_files import Pieces, on_host, part_name, write_part
 from nslora_dist.engines import Engine
 from nslora_dist.errors import UserError
@@ -151,9 +151,9 @@ class Checkpoints:
         target = self.folder / f"step-{step}"
         with dist.together("starting a checkpoint"):
             if dist.is_main():
-                artifacts.open_partial(target)
+                folders.open_partial(target)
         shards = on_host(engine.shards())
-        path = artifacts.partial_of(target) / part_name(dist.rank())
+        path = folders.partial_of(target) / part_name(dist.rank())
         part = self._thread.submit(write_part, path, shards)
         self._writing = _Writing(step, facts, {s.name: s.shape for s in shards}, part, good)
         self._late = False
@@ -180,7 +180,7 @@ class Checkpoints:
         dist.barrier()
         with dist.together("dropping a checkpoint"):
             if dist.is_main():
-                artifacts.remove_folder(artifacts.partial_of(target))
+                folders.remove_folder(folders.partial_of(target))
 
     def finish(self) -> None:
         """Waits for what is being written and completes it."""
@@ -209,8 +209,8 @@ class Checkpoints:
         with dist.together(f"writing {target}"):
             if dist.is_main():
                 files = {part_name(rank): entry for rank, entry in enumerate(entries)}
-                manifests.write_manifest(artifacts.partial_of(target), self._manifest(writing), files=files)
-                artifacts.take_place(target)
+                manifests.write_manifest(folders.partial_of(target), self._manifest(writing), files=files)
+                folders.take_place(target)
                 if writing.good:
                     self._thin_out(writing.step)
         self.last = writing.step
@@ -240,9 +240,9 @@ class Checkpoints:
     def _thin_out(self, newest: int) -> None:
         # Steps past the newest are damaged ones that were skipped: not ours to delete, nor to count.
         for step in [step for step in _steps(self.folder) if step <= newest][: -self.section.keep_last]:
-            artifacts.remove_folder(self.folder / f"step-{step}")
+            folders.remove_folder(self.folder / f"step-{step}")
         for left in self.folder.glob(".step-*.old"):  # of such a one, where some file was in use then
-            artifacts.discard(left)
+            folders.discard(left)
 
 
 def _steps(folder: Path) -> list[int]:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from nslora_dist import dist, watch
 from nslora_dist.adapter import AdaptedLinear, adapted_linears
-from nslora_dist.artifacts import load_tensors, read_json, replace_folder, save_tensors, write_text
+from nslora_dist.artifacts import load_tensors, read_json, save_tensors, write_text
 from nslora_dist.card import model_card
 from nslora_dist.engines.base import Engine
 from nslora_dist.errors import UserError
+from nslora_dist.folders import replace_folder
 from nslora_dist.null_lora import NullLoraLinear, confined_factors
 from nslora_dist.provenance import CONFIG_FILE, WEIGHTS_FILE, verify_files
 from nslora_dist.redact import redact

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nslora_dist.artifacts import aside_of, hash_file, hash_json, read_sealed, write_sealed
+from nslora_dist.artifacts import hash_file, hash_json, read_sealed, write_sealed
 from nslora_dist.errors import UserError
+from nslora_dist.folders import aside_of
 
 MANIFEST = "manifest.json"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nslora_dist import artifacts, dist, watch
+from nslora_dist import artifacts, dist, folders, watch
 from nslora_dist.base_config import load_config
 from nslora_dist.base_files import Checkpoint, locate
 from nslora_dist.errors import UserError, unwritable
@@ -158,7 +158,7 @@ def _write(
     """Everything or nothing, in one folder."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with artifacts.replace_folder(folder) as partial:
+        with folders.replace_folder(folder) as partial:
             merged = merge_modules(recipe, tasks, device=device, coefficients=coefficients)
             errors, ranks = [], set()
             factors: dict[str, Factors] = {}

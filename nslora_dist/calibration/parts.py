@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nslora_dist import artifacts, dist, manifests
+from nslora_dist import artifacts, dist, folders, manifests
 from nslora_dist.errors import UserError
 
 FILE = "block.safetensors"
@@ -64,7 +64,7 @@ class Parts:
         """Keeps a block."""
         with dist.together("keeping a calibrated block"):
             if dist.is_main():
-                with artifacts.replace_folder(self._of(number)) as fresh:
+                with folders.replace_folder(self._of(number)) as fresh:
                     artifacts.save_tensors(fresh / FILE, part.tensors)
                     manifest = {"kind": "calibrated_block", "key": self.key, "entries": part.entries}
                     manifests.write_manifest(fresh, manifest)
@@ -73,7 +73,7 @@ class Parts:
         """Deletes them, once the artifact is whole on disk."""
         with dist.together("clearing calibrated blocks"):
             if dist.is_main() and self.folder.is_dir():
-                artifacts.discard(self.folder)
+                folders.discard(self.folder)
                 with contextlib.suppress(OSError):  # the other pass's blocks may lie there
                     self.folder.parent.rmdir()
 

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from nslora_dist import artifacts, dist, manifests
+from nslora_dist import artifacts, dist, folders, manifests
 from nslora_dist.errors import UserError
 from nslora_dist.recipe_types import MIXTURE as MIXTURE  # recipes keep it free; whoever reads a null space looks for it
 
@@ -143,7 +143,7 @@ class NullSpace(Stored):
 
 def save(folder: Path, stored: Stored) -> None:
     """Writes the artifact, whole or not at all; on rank 0."""
-    with artifacts.replace_folder(folder) as fresh:
+    with folders.replace_folder(folder) as fresh:
         artifacts.save_tensors(fresh / stored.FILE, stored.tensors)
         manifests.write_manifest(fresh, stored.manifest)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nslora_dist import artifacts
+from nslora_dist import artifacts, folders
 from nslora_dist.errors import UserError
 from nslora_dist.pretrain import PretrainSettings, build_model, greedy_exact_match, pretrain, save_base
 from nslora_dist.study.cells import MADE, base_folder, is_made
@@ -34,7 +34,7 @@ def make_base(study: Study, size: str, *, device: torch.device) -> dict[str, Any
     state = folder.with_name(f"{folder.name}.pretraining")
     with locked(folder.with_name(f"{folder.name}.lock")):
         if not is_made(study, size):
-            with artifacts.replace_folder(folder) as fresh:
+            with folders.replace_folder(folder) as fresh:
                 try:
                     made = _make(study, wanted, fresh, state, device=device)
                 except ValueError as error:

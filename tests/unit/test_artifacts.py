@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nslora_dist import artifacts, manifests
+from nslora_dist import artifacts, folders, manifests
 from nslora_dist.errors import UserError
 
 
@@ -95,7 +95,7 @@ def test_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_folder_is_made_and_replaced(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "adapter"
     for content in ("one", "two"):
-        with artifacts.replace_folder(target) as folder:
+        with folders.replace_folder(target) as folder:
             assert folder.parent == target.parent and names(folder) == []
             (folder / content).write_text(content)
             (folder / "sub").mkdir()
@@ -106,9 +106,9 @@ def test_a_folder_is_made_and_replaced(tmp_path: Path) -> None:
 
 def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
     target = tmp_path / "adapter"
-    with artifacts.replace_folder(target) as folder:
+    with folders.replace_folder(target) as folder:
         (folder / "old").write_text("old")
-    with pytest.raises(KeyboardInterrupt), artifacts.replace_folder(target) as folder:
+    with pytest.raises(KeyboardInterrupt), folders.replace_folder(target) as folder:
         (folder / "new").write_text("half")
         raise KeyboardInterrupt
     assert names(target) == ["old"] and names(tmp_path) == ["adapter"]
@@ -116,7 +116,7 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
 
 def test_a_failed_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "adapter"
-    with artifacts.replace_folder(target) as folder:
+    with folders.replace_folder(target) as folder:
         (folder / "old").write_text("old")
     rename = Path.rename
 
@@ -126,7 +126,7 @@ def test_a_failed_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: p
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(OSError, match="Input/output"), artifacts.replace_folder(target) as folder:
+    with pytest.raises(OSError, match="Input/output"), folders.replace_folder(target) as folder:
         (folder / "new").write_text("new")
     assert names(target) == ["old"] and names(tmp_path) == ["adapter"]
 
@@ -143,7 +143,7 @@ def test_what_a_killed_writer_left_is_put_right(tmp_path: Path, moved_aside: boo
     else:
         with pytest.raises(UserError, match=r"\.adapter\.old: move it back"):
             manifests.read_manifest(target)
-    with pytest.raises(RuntimeError), artifacts.replace_folder(target):
+    with pytest.raises(RuntimeError), folders.replace_folder(target):
         raise RuntimeError
     assert names(target) == (["old"] if moved_aside else [])
     assert names(tmp_path) == ["adapter"]
@@ -151,12 +151,12 @@ def test_what_a_killed_writer_left_is_put_right(tmp_path: Path, moved_aside: boo
 
 def test_a_file_in_the_way_is_refused_and_a_link_followed(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="is a file"), artifacts.replace_folder(tmp_path / "file"):
+    with pytest.raises(UserError, match="is a file"), folders.replace_folder(tmp_path / "file"):
         pass
     assert (tmp_path / "file").read_text() == "mine"
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    with artifacts.replace_folder(tmp_path / "link") as folder:
+    with folders.replace_folder(tmp_path / "link") as folder:
         (folder / "x").write_text("x")
     assert (tmp_path / "link").is_symlink() and names(tmp_path / "real") == ["x"]
 
@@ -164,7 +164,7 @@ def test_a_file_in_the_way_is_refused_and_a_link_followed(tmp_path: Path) -> Non
 @pytest.fixture
 def described(tmp_path: Path) -> Path:
     folder = tmp_path / "null_space"
-    with artifacts.replace_folder(folder) as partial:
+    with folders.replace_folder(folder) as partial:
         artifacts.save_tensors(partial / "null_space.safetensors", {"basis": torch.ones(8, 2)})
         (partial / "notes").mkdir()
         (partial / "notes" / "a.txt").write_text("a")
@@ -248,7 +248,7 @@ def test_a_link_in_the_place_of_a_partial_file_is_not_followed(tmp_path: Path) -
     (tmp_path / ".b.partial").symlink_to("folder")
     (tmp_path / ".b.old").symlink_to("folder")
     artifacts.write_json(tmp_path / "a.json", 1)
-    with artifacts.replace_folder(tmp_path / "b") as folder:
+    with folders.replace_folder(tmp_path / "b") as folder:
         (folder / "x").write_text("x")
     assert (tmp_path / "mine").read_text() == "mine" and not names(tmp_path / "folder")
     assert artifacts.read_json(tmp_path / "a.json") == 1 and names(tmp_path / "b") == ["x"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers.kept_state import BELONGS, State, checkpoints, facts
-from nslora_dist import artifacts, checkpoint, checkpoint_files, manifests
+from nslora_dist import artifacts, checkpoint, checkpoint_files, folders, manifests
 from nslora_dist.calibration.parts import Part, Parts
 from nslora_dist.errors import StorageError, UserError
 
@@ -74,7 +74,7 @@ def test_a_folder_in_use_is_deleted_later(tmp_path: Path, monkeypatch: pytest.Mo
         def rmtree(folder: Path, **_: Any) -> None:
             raise OSError(with_number, os.strerror(with_number), str(folder))
 
-        monkeypatch.setattr(artifacts.shutil, "rmtree", rmtree)
+        monkeypatch.setattr(folders.shutil, "rmtree", rmtree)
 
     write(tmp_path, 2, 4, keep_last=2)
     fails(number)
@@ -215,7 +215,7 @@ def test_death_at_any_moment_leaves_the_last_one(tmp_path: Path, monkeypatch: py
     def die(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(manifests if moment == "write_manifest" else artifacts, moment, die)
+    monkeypatch.setattr(manifests if moment == "write_manifest" else folders, moment, die)
     with pytest.raises(KeyboardInterrupt):
         kept.write(State.drawn(4), 4, facts(4))  # type: ignore[arg-type]
     monkeypatch.undo()
