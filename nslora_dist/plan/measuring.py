@@ -27,7 +27,7 @@ def measuring(recipe: Recipe, shapes: Shapes, cluster: Cluster, knobs: zero3.Kno
     batches, tokens = sum(ceil(n / rows) for n in own), sum(own) * length
     passes = 3 if recipe.adapter.measures_a else 2
     texts = traffic.Texts.of(recipe)
-    base, adapted = _passes(recipe, shapes, world, knobs)
+    base, adapted = pass_traffic(recipe, shapes, world, knobs)
     wire = traffic.times(base + adapted, batches) + traffic.effects(shapes, texts, world)
     if recipe.adapter.measures_a:
         wire += traffic.times(base, batches) + traffic.effects(shapes, texts, world, with_grams=True)
@@ -47,7 +47,7 @@ def measuring(recipe: Recipe, shapes: Shapes, cluster: Cluster, knobs: zero3.Kno
     return Phase("measure", gpu, host, tuple(wire), flops, seconds, note=note)
 
 
-def _passes(recipe: Recipe, shapes: Shapes, world_size: int, knobs: zero3.Knobs) -> list[list[Traffic]]:
+def pass_traffic(recipe: Recipe, shapes: Shapes, world_size: int, knobs: zero3.Knobs) -> list[list[Traffic]]:
     """One batch through the base and the adapted model; logits, which the second asks for, need the head."""
     match recipe.engine.name:
         case "fsdp2":

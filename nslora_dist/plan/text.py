@@ -2,7 +2,8 @@
 
 from nslora_dist.plan import memory
 from nslora_dist.plan.advice import advise, changed, largest_micro_batch
-from nslora_dist.plan.phase import Phase, Plan, gb
+from nslora_dist.plan.evaluating import EvaluationPass, evaluation_pass
+from nslora_dist.plan.phase import Phase, Plan, gb, knobs_of
 from nslora_dist.plan.phases import make_plan
 from nslora_dist.plan.shapes import Shapes
 
@@ -41,12 +42,14 @@ def describe(plan: Plan) -> str:
         f"on disk: null space {gb(memory.null_space_bytes(shapes, _texts(plan)))}, "
         f"adapter {gb(memory.adapter_bytes(shapes))}, a checkpoint {gb(memory.checkpoint_bytes(shapes))} "
         f"({recipe.checkpoint.keep_last} are kept)",
+        *_evaluation(plan),
         *_unplanned(shapes),
         "",
         "Assumed (every line is a flag, - for _; bytes, bytes/s, FLOP/s, seconds):",
         *(f"  {line}" for line in cluster.assumptions()),
         "Every row of training and calibration counts at its full length. Sent: ring algorithms; as much is received.",
-        "Not counted: evaluation, whose rows are not read here; baselines, each of which loads and trains anew.",
+        "Not counted: evaluation, whose rows are not read here, but for the time of a pass; baselines, each of which "
+        "loads and trains anew.",
     ]
     return "\n".join(lines)
 
@@ -60,6 +63,31 @@ def _unplanned(shapes: Shapes) -> list[str]:
         "have; not counted: the pass that decomposes them (a block's weights and two float64 Gram matrices at a time),",
         "and its result in rank 0's host memory for the whole run",
     ]
+
+
+def _evaluation(plan: Plan) -> list[str]:
+    """What one pass of the recipe's evaluation takes: under sharding it may take longer than the training."""
+    section, world = plan.recipe.evaluation, plan.cluster.gpus
+    lines = []
+
+    def planned(rows: int, length: int) -> EvaluationPass:
+        knobs = knobs_of(plan.recipe)
+        return evaluation_pass(plan.recipe, plan.shapes, plan.cluster, knobs, rows=rows, length=length)
+
+    if section.adaptation is not None or section.retention:
+        one = planned(section.batch_size, min(section.max_length, plan.recipe.data.max_length))
+        lines.append(
+            f"evaluation: {_time(one.seconds)} for {one.rows * world:,} questions of {one.length} tokens, {one.rows} a "
+            f"rank; {gb(one.sent)} sent by a rank"
+        )
+    if section.lm_eval is not None:
+        one = planned(section.lm_eval.batch_size, 1)
+        lines.append(
+            f"evaluation.lm_eval: {_time(one.seconds)} for each token that is written, in {one.rows * world:,} answers "
+            f"at once, {one.rows} a rank; {gb(one.sent)} sent by a rank, {gb(one.cache)} of keys and values a rank for "
+            "every token of these"
+        )
+    return lines
 
 
 def _faster(plan: Plan, rows: int) -> list[str]:

@@ -11,11 +11,12 @@ from helpers.counted import Allocations, Counts, as_counts, counting, wide_toy, 
 from helpers.ranks import run_ranks
 from nslora_dist.plan import traffic, zero3
 from nslora_dist.plan.cluster import Cluster
-from nslora_dist.plan.measuring import measuring, measuring_memory
+from nslora_dist.plan.measuring import measuring, measuring_memory, pass_traffic
 from nslora_dist.plan.shapes import shapes_of
 from nslora_dist.recipe import Recipe
 
 DIAL = {"method": "lora", "freeze_a": True, "rank": 5, "interference_budget": 1e-3, "budget_over": "total"}
+WRITTEN = 3
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "fsdp2": ("fsdp2", {}),
     "fsdp2, nf4": ("fsdp2", {"base_model": {"quantization": "nf4"}}),
@@ -30,6 +31,7 @@ def measured_traffic(recipe: Recipe) -> dict[str, Counts]:
     from helpers.stages import CPU, started
     from nslora_dist import dist
     from nslora_dist.budget import Budget
+    from nslora_dist.scoring import continuations
 
     found: dict[str, Counts] = {}
     with started(recipe) as stage, counting() as counter:
@@ -50,6 +52,11 @@ def measured_traffic(recipe: Recipe) -> dict[str, Counts]:
         counter.take()  # what the last step has left is gone now
         stage.effects(batch_size=recipe.calibration.batch_size)
         found["after"] = counter.take()
+        engine.matches(batch)
+        found["question"] = counter.take()
+        asked: dict[str, Any] = {"batch_size": 1, "pad": 0, "device": CPU, "name": "answers"}
+        continuations(engine, [[1, 2], [3]], ends=lambda new: False, most=WRITTEN, **asked)
+        found["answers"] = counter.take()
     return found
 
 
@@ -73,6 +80,9 @@ def test_traffic(tmp_path: Path, case: str, ranks: int) -> None:
             sums[kind] = sums[kind][0] + calls, sums[kind][1] + size
         assert sums == as_counts(list(phase.wire))
         dial = recipe.adapter.interference_budget is not None
+        _, one = pass_traffic(recipe, shapes, ranks, knobs)
+        assert counted["question"] == as_counts(one)
+        assert counted["answers"] == as_counts(traffic.times(one, WRITTEN)), "each token gathers every weight"
         assert counted["budget"] == (as_counts(traffic.budget(shapes, ranks, name)) if dial else {})
     if name == "zero3" and ranks == 3:
         assert traffic.budget(shapes, ranks, name)[0].calls == 2, "no row was split"

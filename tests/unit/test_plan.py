@@ -20,6 +20,7 @@ from nslora_dist.plan.advice import advise, changed, largest_micro_batch, remedi
 from nslora_dist.plan.calibrating import largest_ownership, owned_groups, sequences
 from nslora_dist.plan.check import check
 from nslora_dist.plan.cluster import Cluster, quantity
+from nslora_dist.plan.evaluating import evaluation_pass
 from nslora_dist.plan.main import main
 from nslora_dist.plan.phase import wire_seconds
 from nslora_dist.plan.phases import make_plan
@@ -28,7 +29,7 @@ from nslora_dist.plan.sweep import sweep, write_csv, write_plot
 from nslora_dist.plan.text import describe
 from nslora_dist.plan.traffic import Traffic
 from nslora_dist.plan.training import train_flops
-from nslora_dist.recipe import Recipe
+from nslora_dist.recipe import PromptSet, Recipe
 from nslora_dist.recipe_file import load_recipe
 
 GPU = Cluster(gpus=8, gpu_memory=80e9, interconnect=50e9)
@@ -45,6 +46,33 @@ def toy(tmp_path: Path) -> tuple[Recipe, Shapes]:
     world.make_texts(tmp_path)
     recipe = world.make_recipe(tmp_path, world.make_base(tmp_path / "base"), tmp_path / "out")
     return recipe, shapes_of(recipe)
+
+
+def test_a_pass_of_evaluation(large: tuple[Recipe, Shapes]) -> None:
+    """At 70B a token takes the time in which every weight arrives, on one GPU that in which it is read."""
+    recipe, shapes = large
+    token = evaluation_pass(recipe, shapes, GPU, zero3.Knobs(), rows=16, length=1)
+    assert token.sent == pytest.approx(2 * 70.55e9 * 7 / 8, rel=0.05)
+    assert token.seconds == pytest.approx(token.sent / (0.8 * 50e9), rel=0.05)
+    assert token.cache == 16 * 2 * 2 * 80 * 8 * 128
+    small = load_recipe("llama3_8b_math", ["engine.name=single"])
+    own = evaluation_pass(small, shapes_of(small), replace(GPU, gpus=1), zero3.Knobs(), rows=1, length=1)
+    weights = 32 * (4096 * (4096 * 2 + 1024 * 2) + 3 * 4096 * 14336) + 128256 * 4096
+    assert own.sent == 0 and own.seconds == pytest.approx(2 * weights / GPU.memory_bandwidth, rel=1e-6)
+    long = evaluation_pass(small, shapes_of(small), replace(GPU, gpus=1), zero3.Knobs(), rows=8, length=2048)
+    assert long.seconds > 2 * 8 * 2048 * weights / (GPU.flops * GPU.efficiency)
+
+
+def test_evaluation_is_in_the_text_where_the_recipe_asks_for_it(large: tuple[Recipe, Shapes]) -> None:
+    recipe, shapes = large
+    text = describe(make_plan(recipe, shapes, GPU))
+    assert "evaluation.lm_eval: 3." in text and "s for each token that is written, in 128 answers at once" in text
+    assert "\nevaluation: " not in text
+    tree = {"prompt_field": "p", "response_field": "r", "path": "questions"}
+    asked = recipe.evaluation.model_copy(update={"lm_eval": None, "adaptation": PromptSet.model_validate(tree)})
+    text = describe(make_plan(recipe.model_copy(update={"evaluation": asked}), shapes, GPU))
+    assert "\nevaluation: " in text and "for 64 questions of 512 tokens, 8 a rank" in text
+    assert "evaluation.lm_eval" not in text
 
 
 def test_grams_of_a_70b_block(large: tuple[Recipe, Shapes]) -> None:

@@ -1,0 +1,53 @@
+"""A pass of evaluation on paper: how many there are only the rows could tell, which a plan does not read.
+
+Answers that are known beforehand take one pass a batch (``exact_match``, ``log_likelihoods``), answers that lm-eval
+lets the model write one pass a token (``continuations``). In either a sharded engine gathers every weight.
+"""
+
+from dataclasses import dataclass
+
+from nslora_dist.plan import zero3
+from nslora_dist.plan.cluster import Cluster
+from nslora_dist.plan.measuring import pass_traffic
+from nslora_dist.plan.phase import overlapped_seconds, weight_seconds, wire_seconds
+from nslora_dist.plan.shapes import Shapes
+from nslora_dist.plan.traffic import sent_bytes
+from nslora_dist.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class EvaluationPass:
+    """One forward pass of the adapted model.
+
+    Attributes:
+        rows: a rank.
+        length: tokens of a row that go through: 1 behind a key-value cache.
+        seconds: at the cluster's stated efficiencies.
+        sent: bytes that a rank sends, and as many it receives.
+        cache: bytes of keys and values that a rank keeps for each token of its rows, where it writes.
+    """
+
+    rows: int
+    length: int
+    seconds: float
+    sent: float
+    cache: float
+
+
+def evaluation_pass(
+    recipe: Recipe, shapes: Shapes, cluster: Cluster, knobs: zero3.Knobs, *, rows: int, length: int
+) -> EvaluationPass:
+    """``rows`` of ``length`` tokens on every rank, logits at ``cluster.supervised`` of them, one a row at least."""
+    _, wire = pass_traffic(recipe, shapes, cluster.gpus, knobs)
+    tokens, rank = rows * length, shapes.adapter.rank
+    adapters = sum(2.0 * rank * (m.d_in + m.d_out) for m in shapes.linears if m.adapted)
+    block = 2.0 * shapes.block_products + adapters + shapes.attention_flops(length)
+    logits = max(rows, cluster.supervised * tokens)
+    flops = tokens * shapes.layers * block + logits * 2.0 * shapes.vocabulary * shapes.hidden
+    # A token a row is too little work for a GPU that has to read every weight for it.
+    read = shapes.compute * (shapes.layers * shapes.block_products + shapes.vocabulary * shapes.hidden)
+    compute = max(flops / (cluster.flops * cluster.efficiency), read / cluster.memory_bandwidth)
+    compute += weight_seconds(shapes, cluster, knobs, recipe.engine.name)
+    seconds = overlapped_seconds(compute, wire_seconds(wire, cluster), cluster)
+    kept = 2.0 * shapes.compute * shapes.layers * shapes.kv_heads * shapes.head_dim
+    return EvaluationPass(rows, length, seconds, sent_bytes(wire, cluster.gpus), rows * kept)
