@@ -108,13 +108,14 @@ def evaluate(engine: Engine, sets: EvaluationSets, *, device: torch.device) -> d
 
     ``lm_eval``, as ``LmEval.run`` gives it, where the recipe names tasks.
     """
-    retention = {
-        name: exact_match(engine, batches, device=device, name=name) for name, batches in sets.retention.items()
-    }
-    task = sets.adaptation
-    return {
-        "adaptation": None if task is None else exact_match(engine, task, device=device, name=ADAPTATION),
-        "retention": sum(retention.values()) / len(retention) if retention else None,
-        "retention_by": retention,
-        **({} if sets.lm_eval is None else {"lm_eval": sets.lm_eval.run(engine, device=device)}),
-    }
+    with engine.whole():
+        retention = {
+            name: exact_match(engine, batches, device=device, name=name) for name, batches in sets.retention.items()
+        }
+        task = sets.adaptation
+        return {
+            "adaptation": None if task is None else exact_match(engine, task, device=device, name=ADAPTATION),
+            "retention": sum(retention.values()) / len(retention) if retention else None,
+            "retention_by": retention,
+            **({} if sets.lm_eval is None else {"lm_eval": sets.lm_eval.run(engine, device=device)}),
+        }

@@ -106,9 +106,10 @@ def continuations(
 ) -> list[list[int]]:
     """Greedy decoding with a key-value cache; collective.
 
-    One pass over the prompts and one pass a token, in which a sharded engine gathers every weight: at 70B in bfloat16
-    that is 141 GB received by each rank for each token of a batch, so batches should be as large as the cache allows
-    (LLaMA 3 70B keeps 320 KiB a token and row, 8B 128 KiB). A batch goes on until all its rows have ended.
+    One pass over the prompts and one pass a token, in which a sharded engine without room to keep them
+    (``Engine.whole``) gathers every weight: at 70B in bfloat16 that is 141 GB received by each rank for each token of a
+    batch, so batches should be as large as the cache allows (LLaMA 3 70B keeps 320 KiB a token and row, 8B 128 KiB). A
+    batch goes on until all its rows have ended.
 
     Args:
         engine: the model.

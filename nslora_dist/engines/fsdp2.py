@@ -1,11 +1,12 @@
 """PyTorch FSDP2: every parameter a DTensor sharded over all ranks, gathered block by block."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from nslora_dist import dist
@@ -18,6 +19,7 @@ from nslora_dist.engines.base import (
     kept_of,
     let_go,
     make_optimizer,
+    may_keep,
     optimizer_shards,
     prepare,
     restore_optimizer,
@@ -43,6 +45,7 @@ class Fsdp2Engine:
         policy = MixedPrecisionPolicy()
         if compute != torch.float32:
             policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+        self.units: list[FSDPModule] = []
         tied = job.model.lm_head.weight is job.model.model.embed_tokens.weight
 
         def shard(name: str, unit: nn.Module) -> None:
@@ -53,12 +56,13 @@ class Fsdp2Engine:
                 # No gradient needs these two's weights: the embedding's input takes none, and the head's loss makes
                 # its gradient in forward. Their backward would gather 2 x 2.1 GB at 70B for nothing.
                 sharded.set_unshard_in_backward(name.startswith("model.layers."))
+                self.units.append(sharded)
 
         def alone(name: str) -> bool:
             # One frozen weight: a rank reads the rows it keeps, and a 4-bit base's largest unit is never whole.
             return name == "lm_head" or (name == "model.embed_tokens" and not tied)
 
-        self.model, self.recipe = job.model, recipe
+        self.model, self.recipe, self.device, self.compute = job.model, recipe, job.device, compute
         self.root = prepare(job, recipe, shard, shards_empty=alone)
         fully_shard(self.root, mesh=mesh, mp_policy=policy)  # in place
         self.optimizer = make_optimizer(self.root, recipe)
@@ -110,6 +114,20 @@ class Fsdp2Engine:
         """See ``Engine``."""
         value = parameter.detach()
         return (value.full_tensor() if isinstance(value, DTensor) else value).cpu().clone()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """See ``Engine``. The root's own group, of a norm and a tied embedding, is kept by FSDP2 in any case."""
+        size = sum(parameter.numel() for parameter in self.model.parameters()) * self.compute.itemsize
+        units = self.units if may_keep(size, self.device) else []
+        for unit in units:
+            unit.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            for unit in units:
+                unit.set_reshard_after_forward(True, recurse=False)
+                unit.reshard()
 
     def close(self) -> None:
         """See ``Engine``."""

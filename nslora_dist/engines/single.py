@@ -1,6 +1,7 @@
 """One process, nothing sharded: the reference that the other engines are compared with."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,10 @@ class SingleEngine:
     def gather(self, parameter: nn.Parameter) -> Tensor:
         """See ``Engine``."""
         return parameter.detach().cpu().clone()
+
+    def whole(self) -> AbstractContextManager[object]:
+        """See ``Engine``. It is."""
+        return nullcontext()
 
     def close(self) -> None:
         """See ``Engine``."""

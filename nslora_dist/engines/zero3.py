@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +18,7 @@ from nslora_dist.engines.base import (
     Shard,
     let_go,
     make_optimizer,
+    may_keep,
     prepare,
     trained_by_name,
     whole_moments,
@@ -40,6 +42,10 @@ try:
     )
 except ImportError as error:
     raise UserError(f"engine.name zero3: deepspeed cannot be imported ({error}); pip install deepspeed") from error
+
+
+WHOLE = -1
+"""No module's number: stands for an evaluation that has all parameters gathered."""
 
 
 class _PartitionLocally(Init):
@@ -99,7 +105,7 @@ class Zero3Engine:
         # On a CPU DeepSpeed would compile an extension for minutes that tensor-parallel inference alone calls.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=False)
-        self.model = job.model
+        self.model, self.device, self.kept = job.model, job.device, False
         root = prepare(job, recipe, shard)
         self.optimizer = make_optimizer(root, recipe)
         self.engine, *_ = deepspeed.initialize(
@@ -119,7 +125,8 @@ class Zero3Engine:
         right = self.engine(batch)
         # Without a backward pass the parameters prefetched for one stay in flight, and nothing could gather them. The
         # engine's own method of this name collects garbage as well, which would be once for every token generated.
-        self.engine.optimizer.empty_partition_cache()
+        if not self.kept:
+            self.engine.optimizer.empty_partition_cache()
         return right
 
     def backward(self, loss: Tensor) -> None:
@@ -225,6 +232,26 @@ class Zero3Engine:
             return master.detach().cpu().clone()
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().cpu().clone()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """See ``Engine``. What a module is at work with DeepSpeed does not release, so each parameter is given one."""
+        self.engine.optimizer.empty_partition_cache()
+        parameters: list[Any] = list(self.engine.module.parameters())
+        size = sum(parameter.ds_numel * parameter.element_size() for parameter in parameters)
+        if not may_keep(size, self.device):
+            yield
+            return
+        with deepspeed.zero.GatheredParameters(parameters):
+            for parameter in parameters:
+                parameter.ds_active_sub_modules.add(WHOLE)
+            self.kept = True
+            try:
+                yield
+            finally:
+                self.kept = False
+                for parameter in parameters:
+                    parameter.ds_active_sub_modules.discard(WHOLE)
 
     def close(self) -> None:
         """See ``Engine``. DeepSpeed keeps hooks and buffers until told."""

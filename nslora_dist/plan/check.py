@@ -1,11 +1,12 @@
 """Before a phase starts: is there room for it on this machine, now?"""
 
-import resource
+import math
 import shutil
 from pathlib import Path
 
 import torch
 
+from nslora_dist import machine
 from nslora_dist.errors import UserError
 from nslora_dist.plan.cluster import Cluster
 from nslora_dist.plan.phase import gb
@@ -57,18 +58,17 @@ def check(
         )
     gpu, host = wanted.gpu_bytes, wanted.host_bytes
     if device.type == "cuda":
-        free_gpu, whole = torch.cuda.mem_get_info(device)
-        free_gpu += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        held = torch.cuda.memory_allocated(device)  # of this run: the plan counts it too
-        if gpu > UNSURE * (free_gpu + held):
+        left, held, whole = machine.gpu_memory(device)  # what this run holds the plan counts, too
+        if gpu > UNSURE * (left + held):
             raise UserError(
-                f"{phase}: needs about {gb(gpu)} of GPU memory, {gb(free_gpu + held)} of {gb(whole)} can be had; "
+                f"{phase}: needs about {gb(gpu)} of GPU memory, {gb(left + held)} of {gb(whole)} can be had; "
                 "python launch/plan.py says what to change"
             )
     else:
         host += gpu * local
-    available = _available(local)
-    if available is not None and host > UNSURE * available:
+    found = machine.host_memory()
+    available = math.inf if found is None else found[0] + local * found[1]
+    if host > UNSURE * available:
         raise UserError(
             f"{phase}: needs about {gb(host)} of host memory, {gb(available)} are free; "
             "python launch/plan.py says what to change"
@@ -78,15 +78,3 @@ def check(
 def _held(folder: Path) -> int:
     """Bytes of the checkpoints that are there already: the plan counts them, and older ones make room for newer."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _available(local: int) -> float | None:
-    """Bytes of host memory that this machine's ranks have or can have without swapping; None where it does not tell."""
-    try:
-        mine = float(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024.0 * int(line.split()[1]) + local * mine
-    except (OSError, ValueError):
-        return None
-    return None

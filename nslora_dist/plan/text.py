@@ -78,16 +78,20 @@ def _evaluation(plan: Plan) -> list[str]:
         one = planned(section.batch_size, min(section.max_length, plan.recipe.data.max_length))
         lines.append(
             f"evaluation: {_time(one.seconds)} for {one.rows * world:,} questions of {one.length} tokens, {one.rows} a "
-            f"rank; {gb(one.sent)} sent by a rank"
+            f"rank; {_gathered(one)}"
         )
     if section.lm_eval is not None:
         one = planned(section.lm_eval.batch_size, 1)
         lines.append(
             f"evaluation.lm_eval: {_time(one.seconds)} for each token that is written, in {one.rows * world:,} answers "
-            f"at once, {one.rows} a rank; {gb(one.sent)} sent by a rank, {gb(one.cache)} of keys and values a rank for "
-            "every token of these"
+            f"at once, {one.rows} a rank; {_gathered(one)}; {gb(one.cache)} of keys and values a rank for every token "
+            "of these"
         )
     return lines
+
+
+def _gathered(one: EvaluationPass) -> str:
+    return f"{gb(one.kept)} of weights stay gathered" if one.kept else f"{gb(one.sent)} sent by a rank"
 
 
 def _faster(plan: Plan, rows: int) -> list[str]:

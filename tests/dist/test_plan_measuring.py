@@ -9,6 +9,7 @@ import pytest
 from helpers import world
 from helpers.counted import Allocations, Counts, as_counts, counting, wide_toy, within
 from helpers.ranks import run_ranks
+from nslora_dist.engines.base import ROOM
 from nslora_dist.plan import traffic, zero3
 from nslora_dist.plan.cluster import Cluster
 from nslora_dist.plan.measuring import measuring, measuring_memory, pass_traffic
@@ -31,23 +32,29 @@ def measured_traffic(recipe: Recipe) -> dict[str, Counts]:
     from helpers.stages import CPU, started
     from nslora_dist import dist
     from nslora_dist.budget import Budget
+    from nslora_dist.engines import base
     from nslora_dist.scoring import continuations
 
     found: dict[str, Counts] = {}
     with started(recipe) as stage, counting() as counter:
         engine = stage.engine
+
+        def trained(step: int) -> Counts:
+            for batch in stage.data.micro_batches(step, rank=dist.rank(), world_size=dist.world_size()):
+                engine.backward(engine.forward(batch))
+            engine.step(1e-2)
+            return counter.take()
+
         engine.matches(stage.data.micro_batches(0, rank=dist.rank(), world_size=dist.world_size())[0])
         counter.take()  # what the first forward pass gathers to keep
         budget = Budget.of(engine, recipe, stage.run.texts, device=CPU)
         found["before"] = counter.take()
         for step in range(3):
-            for batch in stage.data.micro_batches(step, rank=dist.rank(), world_size=dist.world_size()):
-                engine.backward(engine.forward(batch))
-            engine.step(1e-2)
-            counter.take()
+            found["trained"] = trained(step)
             kept = None if budget is None else budget.enforce()
             found["budget"] = counter.take()
         assert kept is None or kept.factors, "nothing was scaled"
+        (batch, *_) = stage.data.micro_batches(0, rank=dist.rank(), world_size=dist.world_size())
         engine.matches(batch)
         counter.take()  # what the last step has left is gone now
         stage.effects(batch_size=recipe.calibration.batch_size)
@@ -57,6 +64,17 @@ def measured_traffic(recipe: Recipe) -> dict[str, Counts]:
         asked: dict[str, Any] = {"batch_size": 1, "pad": 0, "device": CPU, "name": "answers"}
         continuations(engine, [[1, 2], [3]], ends=lambda new: False, most=WRITTEN, **asked)
         found["answers"] = counter.take()
+        for case, share in (("kept", ROOM), ("no room", 0.0)):
+            base.ROOM = share
+            with engine.whole():
+                continuations(engine, [[1, 2], [3]], ends=lambda new: False, most=WRITTEN, **asked)
+                engine.matches(batch)
+            found[case] = counter.take()
+        base.ROOM = ROOM
+        engine.matches(batch)
+        found["let go"] = counter.take()
+        trained(1)  # finds what the last pass has left gathered
+        found["trained again"] = trained(2)
     return found
 
 
@@ -83,6 +101,12 @@ def test_traffic(tmp_path: Path, case: str, ranks: int) -> None:
         _, one = pass_traffic(recipe, shapes, ranks, knobs)
         assert counted["question"] == as_counts(one)
         assert counted["answers"] == as_counts(traffic.times(one, WRITTEN)), "each token gathers every weight"
+        once = counted["kept"].pop("all_gather")
+        assert once[1] == as_counts(one)["all_gather"][1] and not counted["kept"], "every weight once"
+        assert name == "zero3" or once == as_counts(one)["all_gather"], "DeepSpeed gathers them one by one"
+        assert counted["no room"] == as_counts(traffic.times(one, WRITTEN + 1))
+        assert counted["let go"] == as_counts(one)
+        assert counted["trained again"] == counted["trained"]
         assert counted["budget"] == (as_counts(traffic.budget(shapes, ranks, name)) if dial else {})
     if name == "zero3" and ranks == 3:
         assert traffic.budget(shapes, ranks, name)[0].calls == 2, "no row was split"

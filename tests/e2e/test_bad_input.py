@@ -164,7 +164,7 @@ def test_an_indexed_base_that_is_not_whole(fails: Fails, world: World, tmp_path:
 def test_too_little_room_is_said_before_anything_is_written(
     fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nslora_dist.plan.check._available", lambda local: 1e3)
+    monkeypatch.setattr("nslora_dist.machine.host_memory", lambda: (1e3, 0.0))
     assert fails().startswith("load: needs about ")
     message = fails(calibrate=True, output=tmp_path / "calibration")
     assert sorted(path.name for path in (tmp_path / "calibration").iterdir()) == ["logs", "recipe.yaml"]

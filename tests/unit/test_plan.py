@@ -63,6 +63,20 @@ def test_a_pass_of_evaluation(large: tuple[Recipe, Shapes]) -> None:
     assert long.seconds > 2 * 8 * 2048 * weights / (GPU.flops * GPU.efficiency)
 
 
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_weights_are_gathered_once_for_an_evaluation_where_there_is_room(engine: str) -> None:
+    recipe = load_recipe("llama3_8b_math", [f"engine.name={engine}"])
+    shapes = shapes_of(recipe)
+    size = 2 * sum(p.numel for p in shapes.params)
+    roomy = evaluation_pass(recipe, shapes, GPU, zero3.Knobs(), rows=32, length=1)
+    assert roomy.kept == size and roomy.sent == 0
+    assert roomy.seconds < 0.02
+    tight = evaluation_pass(recipe, shapes, replace(GPU, gpu_memory=28e9), zero3.Knobs(), rows=32, length=1)
+    assert tight.kept == 0 and tight.sent == pytest.approx(size * 7 / 8, rel=0.01)
+    assert tight.seconds > 10 * roomy.seconds
+    assert "of weights stay gathered" in describe(make_plan(recipe, shapes, GPU))
+
+
 def test_evaluation_is_in_the_text_where_the_recipe_asks_for_it(large: tuple[Recipe, Shapes]) -> None:
     recipe, shapes = large
     text = describe(make_plan(recipe, shapes, GPU))
@@ -291,7 +305,7 @@ def test_check_names_the_figure(toy: tuple[Recipe, Shapes], monkeypatch: pytest.
         check(recipe, "calibrate", world_size=1, device=cpu, shapes=shapes)
     assert "\n" not in str(error.value)
     monkeypatch.undo()
-    monkeypatch.setattr("nslora_dist.plan.check._available", lambda local: 1e5)
+    monkeypatch.setattr("nslora_dist.machine.host_memory", lambda: (1e5, 0.0))
     with pytest.raises(UserError, match=r"^train: needs about .* of host memory, 100 kB are free"):
         check(recipe, "train", world_size=1, device=cpu, shapes=shapes)
 
