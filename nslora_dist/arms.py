@@ -38,7 +38,7 @@ class FinishedArm:
         found = None
         with dist.together("reading an earlier arm"):
             if dist.is_main() and self.path.is_file():
-                kept = artifacts.read_json(self.path)
+                kept = _read(self.path)
                 weights = self.adapter / WEIGHTS_FILE
                 if kept.get("key") == self.key and weights.is_file():
                     found = kept["figures"] if artifacts.hash_file(weights) == kept["adapter"] else None
@@ -55,7 +55,7 @@ class FinishedArm:
             if dist.is_main():
                 self.path.parent.mkdir(exist_ok=True)
                 kept = {"key": self.key, "adapter": artifacts.hash_file(self.adapter / WEIGHTS_FILE)}
-                artifacts.write_json(self.path, kept | {"figures": strict(figures)})
+                artifacts.write_sealed(self.path, kept | {"figures": strict(figures)})
                 self.measured.unlink(missing_ok=True)
 
     @property
@@ -71,7 +71,7 @@ class FinishedArm:
         found = None
         with dist.together("reading what was measured"):
             if dist.is_main() and self.measured.is_file():
-                kept = artifacts.read_json(self.measured)
+                kept = _read(self.measured)
                 found = kept["figures"] if kept.get("key") == self._key_of(checkpoint) else None
         figures: Any = dist.share(found)
         if figures is not None:
@@ -84,7 +84,7 @@ class FinishedArm:
             if dist.is_main():
                 self.path.parent.mkdir(exist_ok=True)
                 kept = {"key": self._key_of(checkpoint), "figures": strict(figures)}
-                artifacts.write_json(self.measured, kept)
+                artifacts.write_sealed(self.measured, kept)
 
     def _key_of(self, checkpoint: Path) -> dict[str, str]:
         """What figures of a state depend on: all that the arm's do, and that state's bytes."""
@@ -105,7 +105,7 @@ class BaseScores:
         found = None
         with dist.together("reading the base's scores"):
             if dist.is_main() and self.path.is_file():
-                kept = artifacts.read_json(self.path)
+                kept = _read(self.path)
                 found = kept["scores"] if kept.get("key") == self.key else None
         scores: Any = dist.share(found)
         return scores
@@ -115,7 +115,12 @@ class BaseScores:
         with dist.together("keeping the base's scores"):
             if dist.is_main():
                 self.path.parent.mkdir(exist_ok=True)
-                artifacts.write_json(self.path, {"key": self.key, "scores": strict(scores)})
+                artifacts.write_sealed(self.path, {"key": self.key, "scores": strict(scores)})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What was kept there, to the digit: it goes into report and card."""
+    return artifacts.read_sealed(path, remedy="delete it, and the same command measures or trains that anew")
 
 
 def evaluation_hash(sets: EvaluationSets) -> str:

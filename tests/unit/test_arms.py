@@ -6,6 +6,7 @@ import pytest
 
 from nslora_dist.arms import BaseScores, FinishedArm
 from nslora_dist.card import number
+from nslora_dist.errors import UserError
 from nslora_dist.export import WEIGHTS_FILE
 from nslora_dist.recipe_file import load_recipe
 
@@ -53,6 +54,18 @@ def test_a_changed_recipe_trains(run: Path, change: str) -> None:
 
 def test_changed_rows_train(run: Path) -> None:
     assert finished(run, rows="others").read() is None
+
+
+def test_figures_that_were_altered_go_into_no_report(run: Path) -> None:
+    base = BaseScores(run, arm=load_recipe("tiny_math"), base="b", evaluation="e")
+    base.write({"adaptation": 0.25})
+    for kept in (finished(run), base):
+        text = kept.path.read_text()
+        kept.path.write_text(text.replace("1.0", "1.5").replace("0.25", "0.75"))
+        with pytest.raises(UserError, match=f"{kept.path.name}: altered.*; delete it, and the same command"):
+            kept.read()
+        kept.path.write_text(text)
+        assert kept.read() is not None
 
 
 def test_a_changed_or_missing_adapter_trains(run: Path) -> None:
