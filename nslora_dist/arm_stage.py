@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from nslora_dist import artifacts, dist, watch
+from nslora_dist import artifacts, dist
 from nslora_dist.arm_job import Arm
 from nslora_dist.arms import BaseScores, FinishedArm, evaluation_hash
 from nslora_dist.budget import Budget
 from nslora_dist.calibration_data import CalibrationTexts
 from nslora_dist.checkpoint import Checkpoints, identity
+from nslora_dist.clock import Clock
 from nslora_dist.effects import divergence, final_interference, measure, summarise
 from nslora_dist.engines import Engine, start_engine
 from nslora_dist.engines.base import Job
@@ -48,7 +49,7 @@ class Bench:
     sets: EvaluationSets
     base: str
     hashes: dict[str, Any]
-    clock: watch.Clock
+    clock: Clock
     job: Callable[[Arm], Job]
     own: str
 

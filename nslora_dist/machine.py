@@ -1,6 +1,8 @@
-"""What this machine has left, now: GPU memory and host memory, on which its ranks have to agree themselves."""
+"""Memory of this machine, on the GPU and of the host: what is left of it now, and what this process held at most."""
 
 import resource
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -26,6 +28,25 @@ def host_memory() -> tuple[float, float] | None:
     except (OSError, ValueError):
         return None
     return None
+
+
+def forget_peak() -> None:
+    """What ``peak_memory`` gives counts from now on, where the system can do that."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")  # Linux: the highest resident size is what it is now
+
+
+def peak_memory() -> int:
+    """Bytes this process held at most: on the GPU where there is one, else resident in host memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    with suppress(OSError, ValueError, StopIteration), open("/proc/self/status", encoding="ascii") as file:
+        return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def room(device: torch.device, *, ranks: int) -> float:

@@ -20,6 +20,7 @@ from nslora_dist.calibration.run import Calibration
 from nslora_dist.calibration.store import NullSpace
 from nslora_dist.calibration.weights import WeightNullSpace, reuse_or_make
 from nslora_dist.calibration_data import calibration_texts
+from nslora_dist.clock import Clock
 from nslora_dist.data import TrainingData, load_tokenizer
 from nslora_dist.engines.base import Job
 from nslora_dist.errors import UserError
@@ -30,7 +31,6 @@ from nslora_dist.plan.shapes import shapes_of
 from nslora_dist.recipe import Recipe
 from nslora_dist.report import spectrum_entry, summary_table, write_report, written_paths
 from nslora_dist.run_folder import claim_folder
-from nslora_dist.trainer import peak_memory
 
 log = logging.getLogger("nslora_dist")
 
@@ -46,7 +46,7 @@ class Run:
         """
         self.recipe, self.device = recipe, device
         self.folder = Path(recipe.output_dir)
-        self.clock = watch.Clock()
+        self.clock = Clock()
         with dist.together("finding the base model"):
             self.base_folder = locate(recipe.base_model)
             self.checkpoint = Checkpoint(self.base_folder)
@@ -224,12 +224,17 @@ class Run:
             figures = run_arm(Arm(name, arm, start, arm_data), bench, report)
             if arm is recipe:
                 report |= {key: figures[key] for key in ("losses", "grad_norms", "skipped", "tokens_per_second")}
-        memory = dist.all_reduce_max(torch.tensor([peak_memory()], dtype=torch.int64, device=self.device))
-        report |= {"seconds": self.clock.seconds, "peak_memory_bytes": int(memory)}
+        report |= {"seconds": self.clock.seconds, **self._memory()}
         with watch.phase("report"), dist.together("writing the report"):
             if dist.is_main():
                 write_report(self.folder, report)
         return report
+
+    def _memory(self) -> dict[str, Any]:
+        """What the rank that needed most of it held at most, in all and by phase."""
+        ranks = dist.gather((self.clock.highest, self.clock.peaks))
+        phases = {name: max(peaks.get(name, 0) for _, peaks in ranks) for name in self.clock.peaks}
+        return {"peak_memory_bytes": max(highest for highest, _ in ranks), "peak_memory_by_phase": phases}
 
     def _row_counts(self, data: TrainingData, sets: EvaluationSets) -> dict[str, Any]:
         """What became of the rows of every set that was read, by its place in the recipe."""

@@ -110,7 +110,7 @@ def write_report(run: Path, report: Mapping[str, Any]) -> None:
             ``evaluation`` ({arm: {adaptation, retention, retention_by, learning_rate?, lm_eval?}}), ``interference``
             ({max, mean, rms, divergence, per_module, by_source, by_probe}), ``interference_by_arm``, ``leak``
             ({calibration, heldout, random}), ``seconds`` (by phase), ``tokens_per_second``, ``peak_memory_bytes``,
-            ``adapter`` (path), ``data`` (counts),
+            ``peak_memory_by_phase``, ``adapter`` (path), ``data`` (counts),
             ``spectra`` ({group: {eigenvalues ascending, rank, index?, size?, modules?}}), ``weight_null_space`` ({arm:
             {threshold, dim, left_out, modules}}, as ``WeightNullSpace.facts``), ``rows`` ({set: counts, as
             ``RowCounts.facts``}), ``skipped`` (steps), ``trained_by`` ({arm: [{engine, world_size, from, to}]}).
@@ -258,6 +258,10 @@ def _rows_table(report: Mapping[str, Any]) -> list[str]:
     return ["## Rows", markdown_table(["set", "rows read", "of them"], rows)] if rows else []
 
 
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
 def _run_table(report: Mapping[str, Any]) -> str:
     losses = [loss for loss in report.get("losses") or [] if loss is not None]
     memory, speed = report.get("peak_memory_bytes"), report.get("tokens_per_second")
@@ -271,7 +275,8 @@ def _run_table(report: Mapping[str, Any]) -> str:
         "trained by": _trained_by(report),
         "loss, first and last": f"{losses[0]:.4f} → {losses[-1]:.4f}" if losses else None,
         "tokens per second": None if speed is None else f"{speed:,.0f}",
-        "peak memory a rank": None if memory is None else f"{memory / 2**30:.2f} GiB",
+        "peak memory a rank": None if memory is None else _gib(memory),
+        **{f"peak memory, {phase}": _gib(size) for phase, size in (report.get("peak_memory_by_phase") or {}).items()},
         **{f"seconds, {phase}": number(s) for phase, s in (report.get("seconds") or {}).items()},
         **{f"data, {name.replace('_', ' ')}": count for name, count in (report.get("data") or {}).items()},
         "adapter": report.get("adapter"),

@@ -2,8 +2,6 @@
 
 import logging
 import math
-import resource
-import sys
 import time
 import zlib
 from collections.abc import Iterable, Sequence
@@ -271,11 +269,3 @@ def _blame(engine: Engine, data: TrainingData, batches: Sequence[Batch], *, devi
         which = f", data.path {', '.join(map(data.place, samples[row]))}" if row < len(samples) else ""
         mine = f"rank {dist.rank()}, micro-batch {number}, row {row}, module {name}{which}"
     return next((place for place in dist.gather(mine) if place is not None), "the loss alone")
-
-
-def peak_memory() -> int:
-    """Bytes this process held at most: on the GPU where there is one, else resident in host memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -166,22 +166,3 @@ def reset() -> None:
     """Forgets everything, for the next run in one process."""
     _state.frames, _state.count = (_Frame(OUTSIDE[0], time.monotonic()),), 0
     _state.stop = _state.saved = None
-
-
-class Clock:
-    """Names a run's phases and sums up the time that each took, for the report.
-
-    Attributes:
-        seconds: phase → seconds, of this process.
-    """
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str, of: str = "") -> Iterator[None]:
-        """One phase, as in ``training``; ``of`` says of which arm."""
-        started = time.perf_counter()
-        with phase(f"{name} {of}".rstrip()):
-            yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started

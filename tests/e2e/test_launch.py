@@ -54,7 +54,9 @@ def check_run(folder: Path, *, engine: str, ranks: int) -> None:
     assert report["leak"]["heldout"] is not None
     assert {"data", "calibration", "training", "evaluation", "export"} <= report["seconds"].keys()
     assert report["tokens_per_second"] > 0
-    assert report["peak_memory_bytes"] > 2**20
+    peaks = report["peak_memory_by_phase"]
+    assert max(peaks.values()) <= report["peak_memory_bytes"] and min(peaks.values()) > 2**20
+    assert {"load", "training", "evaluation", "export"} <= set(peaks)
     assert report["adapter"] == str(folder / "adapter")
     for name in ("adapter", "baselines/lora"):
         factors = load_file(folder / name / "adapter_model.safetensors")

@@ -58,6 +58,7 @@ def full() -> dict[str, Any]:
         "seconds": {"calibration": 12.0, "training": 60.0},
         "tokens_per_second": 8123.4,
         "peak_memory_bytes": 2**30,
+        "peak_memory_by_phase": {"training": 2**29},
         "adapter": Path("runs/tiny_math/adapter"),
         "data": {"rows": 4000, "truncated_rows": 3},
         "spectra": spectra,
@@ -85,6 +86,7 @@ def test_everything_is_written(tmp_path: Path, full: dict[str, Any]) -> None:
         "| prose | 0.2 | – |",
         "| 0.0001 | 0.0002 | 0.0625 |",
         "| peak memory a rank | 1.00 GiB |",
+        "| peak memory, training | 0.50 GiB |",
         "| data, truncated rows | 3 |",
         "| loss, first and last | 3.0000 → 0.1000 |",
     ):
