@@ -46,9 +46,9 @@ class Figures:
         settings = self.found["settings"]
         return _only((e for e in settings if (e["size"], e["task"], e["calibration"]) == where), where)
 
-    def area(self, *where: Any) -> float | None:
+    def area(self, *where: Any, calibration: str = "all") -> float | None:
         """Under the arm's frontier."""
-        return _value(self.arm(*where)["area"])
+        return _value(self.arm(*where, calibration=calibration)["area"])
 
     def kept(self, *where: Any, share: float = 0.95, calibration: str = "all") -> float | None:
         """Retention at that share of the best adaptation."""
