@@ -26,6 +26,7 @@ TOYS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     ),
     "budget": ([], ("budget_share_of_step_bound", "budget_share_of_step_free", "tokens_for_one_percent_bound")),
     "scaling": (["--ranks", "1"], ("calibration_memory_depth_ratio", "seconds_step_1ranks_2blocks")),
+    "evaluation": (["--engines", "fsdp2"], ("token_kept_over_gathered_fsdp2", "pass_kept_over_gathered_fsdp2")),
     "checkpoint": ([], ("seconds_training_waits", "wait_over_whole", "seconds_to_take_it_up")),
     "merging": ([], ("saved_memory_over_dense_k2_r4", "step_time_over_dense_k2_r8", "bytes_updates_growth_factored")),
     "merging_tasks": ([], ("retention_lora_arithmetic_0.5", "retention_shared_a_gram", "rms_interference_lora_ties_1")),
