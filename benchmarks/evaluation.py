@@ -23,7 +23,8 @@ RANKS = 2
 
 def evaluate(folder: str, settings: dict[str, Any], engine: str) -> Iterator[Any]:
     """One rank's seconds: (a token kept, gathered, a pass kept, gathered)."""
-    from nslora_dist.engines import base, start_engine
+    from nslora_dist import machine
+    from nslora_dist.engines import start_engine
     from nslora_dist.evaluate import exact_match
     from nslora_dist.recipe import Recipe
     from nslora_dist.scoring import continuations
@@ -44,7 +45,7 @@ def evaluate(folder: str, settings: dict[str, Any], engine: str) -> Iterator[Any
 
     def within(room: float, work: Any) -> Any:
         def run() -> None:
-            base.ROOM = room
+            machine.ROOM = room
             with started.whole():
                 work()
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from nslora_dist import dist
+
 
 def gpu_memory(device: torch.device) -> tuple[float, float, float]:
     """Bytes that this process can have more, that its tensors hold, and of the whole GPU.
@@ -47,6 +49,16 @@ def peak_memory() -> int:
         return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+ROOM = 2 / 3
+"""Share of the free memory that gathered weights may take; the rest is for activations, logits, keys and values."""
+
+
+def may_keep(size: int, device: torch.device) -> bool:
+    """Whether there are several ranks, and each has room to keep so many bytes more gathered; collective."""
+    fits = size <= ROOM * room(device, ranks=dist.ranks_per_node())
+    return dist.everywhere(fits) and dist.world_size() > 1
 
 
 def room(device: torch.device, *, ranks: int) -> float:

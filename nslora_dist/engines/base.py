@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
-from nslora_dist import dist, machine, watch
+from nslora_dist import watch
 from nslora_dist.adapter import adapted_linears
 from nslora_dist.base_model import units
 from nslora_dist.base_weights import finish, return_freed_memory
@@ -137,16 +137,6 @@ class Engine(Protocol):
     def close(self) -> None:
         """Frees what the engine holds, after which it is of no use; the next arm builds an engine of its own."""
         ...
-
-
-ROOM = 2 / 3
-"""Share of the free memory that ``Engine.whole`` may take; the rest is for activations, logits, keys and values."""
-
-
-def may_keep(size: int, device: torch.device) -> bool:
-    """Whether every rank has room to keep so many bytes more gathered; collective."""
-    fits = size <= ROOM * machine.room(device, ranks=dist.ranks_per_node())
-    return dist.everywhere(fits) and dist.world_size() > 1
 
 
 def let_go(engine: Engine) -> None:

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from nslora_dist import dist
+from nslora_dist import dist, machine
 from nslora_dist.base_model import torch_dtype
 from nslora_dist.data import Batch
 from nslora_dist.engines.base import (
@@ -19,7 +19,6 @@ from nslora_dist.engines.base import (
     kept_of,
     let_go,
     make_optimizer,
-    may_keep,
     optimizer_shards,
     prepare,
     restore_optimizer,
@@ -119,7 +118,7 @@ class Fsdp2Engine:
     def whole(self) -> Iterator[None]:
         """See ``Engine``. The root's own group, of a norm and a tied embedding, is kept by FSDP2 in any case."""
         size = sum(parameter.numel() for parameter in self.model.parameters()) * self.compute.itemsize
-        units = self.units if may_keep(size, self.device) else []
+        units = self.units if machine.may_keep(size, self.device) else []
         for unit in units:
             unit.set_reshard_after_forward(False, recurse=False)
         try:

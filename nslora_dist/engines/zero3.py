@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nslora_dist import dist
+from nslora_dist import dist, machine
 from nslora_dist.data import Batch
 from nslora_dist.engines.base import (
     MOMENTS,
@@ -18,7 +18,6 @@ from nslora_dist.engines.base import (
     Shard,
     let_go,
     make_optimizer,
-    may_keep,
     prepare,
     trained_by_name,
     whole_moments,
@@ -239,7 +238,7 @@ class Zero3Engine:
         self.engine.optimizer.empty_partition_cache()
         parameters: list[Any] = list(self.engine.module.parameters())
         size = sum(parameter.ds_numel * parameter.element_size() for parameter in parameters)
-        if not may_keep(size, self.device):
+        if not machine.may_keep(size, self.device):
             yield
             return
         with deepspeed.zero.GatheredParameters(parameters):

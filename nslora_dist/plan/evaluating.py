@@ -7,7 +7,7 @@ has room to keep them from the first pass on (``Engine.whole``).
 
 from dataclasses import dataclass, replace
 
-from nslora_dist.engines.base import ROOM
+from nslora_dist.machine import ROOM
 from nslora_dist.plan import memory, zero3
 from nslora_dist.plan.cluster import Cluster
 from nslora_dist.plan.measuring import pass_traffic
@@ -46,11 +46,9 @@ def evaluation_pass(
     kept = _kept(recipe, shapes, cluster, knobs)
     if kept:
         wire, knobs = [], replace(knobs, offload_param=False)
-    tokens, rank = rows * length, shapes.adapter.rank
-    adapters = sum(2.0 * rank * (m.d_in + m.d_out) for m in shapes.linears if m.adapted)
-    block = 2.0 * shapes.block_products + adapters + shapes.attention_flops(length)
+    tokens = rows * length
     logits = max(rows, cluster.supervised * tokens)
-    flops = tokens * shapes.layers * block + logits * 2.0 * shapes.vocabulary * shapes.hidden
+    flops = tokens * shapes.layers * shapes.forward_flops(length) + logits * 2.0 * shapes.vocabulary * shapes.hidden
     # A token a row is too little work for a GPU that has to read every weight for it.
     read = shapes.compute * (shapes.layers * shapes.block_products + shapes.vocabulary * shapes.hidden)
     compute = max(flops / (cluster.flops * cluster.efficiency), read / cluster.memory_bandwidth)

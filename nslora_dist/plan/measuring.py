@@ -33,11 +33,8 @@ def measuring(recipe: Recipe, shapes: Shapes, cluster: Cluster, knobs: zero3.Kno
         wire += traffic.times(base, batches) + traffic.effects(shapes, texts, world, with_grams=True)
     wire = traffic.total(wire)
 
-    rank = shapes.adapter.rank
-    adapters = sum(2.0 * rank * (m.d_in + m.d_out) for m in shapes.linears if m.adapted)
-    forward = 2.0 * shapes.block_products + adapters + shapes.attention_flops(length)
     heads = 2 * 2.0 * shapes.vocabulary * shapes.hidden  # the logits of both, in the second pass
-    flops = tokens * (passes * shapes.layers * forward + heads)
+    flops = tokens * (passes * shapes.layers * shapes.forward_flops(length) + heads)
     compute = flops / (cluster.flops * cluster.efficiency)
     compute += batches * passes * weight_seconds(shapes, cluster, knobs, recipe.engine.name)
     seconds = overlapped_seconds(compute, wire_seconds(wire, cluster), cluster)

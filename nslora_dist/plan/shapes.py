@@ -160,9 +160,18 @@ class Shapes:
         """Multiply-adds of one token through a block's frozen linears."""
         return sum(linear.d_in * linear.d_out for linear in self.linears)
 
+    @property
+    def adapter_flops(self) -> float:
+        """Of one token through a block's adapters, forward: r (d_in + d_out) multiply-adds each."""
+        return sum(2.0 * self.adapter.rank * (m.d_in + m.d_out) for m in self.linears if m.adapted)
+
     def attention_flops(self, length: int) -> float:
         """Causal scores and values of one token in one block, forward: 2 · s · heads · head_dim."""
         return 2.0 * length * self.heads * self.head_dim
+
+    def forward_flops(self, length: int) -> float:
+        """Of one token of a row of this length through one adapted block."""
+        return 2.0 * self.block_products + self.adapter_flops + self.attention_flops(length)
 
     @property
     def quant_state(self) -> int:

@@ -23,12 +23,11 @@ def train_flops(shapes: Shapes, batch: Batch, *, checkpointing: bool) -> float:
     """
     rank = shapes.adapter.rank
     linear = 2.0 * shapes.block_products
-    adapters = sum(2.0 * rank * (m.d_in + m.d_out) for m in shapes.linears if m.adapted)
     of_b = sum(2.0 * rank * m.d_out for m in shapes.linears if m.adapted)
     of_a = sum(2.0 * rank * m.d_in for m in shapes.linears if m.adapted) * shapes.adapter.a_trains
     attention = shapes.attention_flops(batch.length)
     times = 3 if checkpointing else 2
-    block = times * (linear + adapters) + of_b + of_a + attention * (times - 1 + 2.5)
+    block = times * (linear + shapes.adapter_flops) + of_b + of_a + attention * (times - 1 + 2.5)
     head = 4.0 * shapes.vocabulary * shapes.hidden * batch.supervised
     return batch.tokens * (shapes.layers * block + head)
 

@@ -9,7 +9,7 @@ import pytest
 from helpers import world
 from helpers.counted import Allocations, Counts, as_counts, counting, wide_toy, within
 from helpers.ranks import run_ranks
-from nslora_dist.engines.base import ROOM
+from nslora_dist import machine
 from nslora_dist.plan import traffic, zero3
 from nslora_dist.plan.cluster import Cluster
 from nslora_dist.plan.measuring import measuring, measuring_memory, pass_traffic
@@ -32,7 +32,6 @@ def measured_traffic(recipe: Recipe) -> dict[str, Counts]:
     from helpers.stages import CPU, started
     from nslora_dist import dist
     from nslora_dist.budget import Budget
-    from nslora_dist.engines import base
     from nslora_dist.scoring import continuations
 
     found: dict[str, Counts] = {}
@@ -64,13 +63,14 @@ def measured_traffic(recipe: Recipe) -> dict[str, Counts]:
         asked: dict[str, Any] = {"batch_size": 1, "pad": 0, "device": CPU, "name": "answers"}
         continuations(engine, [[1, 2], [3]], ends=lambda new: False, most=WRITTEN, **asked)
         found["answers"] = counter.take()
-        for case, share in (("kept", ROOM), ("no room", 0.0)):
-            base.ROOM = share
+        room = machine.ROOM
+        for case, share in (("kept", room), ("no room", 0.0)):
+            machine.ROOM = share
             with engine.whole():
                 continuations(engine, [[1, 2], [3]], ends=lambda new: False, most=WRITTEN, **asked)
                 engine.matches(batch)
             found[case] = counter.take()
-        base.ROOM = ROOM
+        machine.ROOM = room
         engine.matches(batch)
         found["let go"] = counter.take()
         trained(1)  # finds what the last pass has left gathered
