@@ -27,7 +27,7 @@ class FrozenLinear(nn.Module):
         self.watch: Callable[[Tensor], None] | None = None
         shape: tuple[int, ...] = (self.out_features, self.in_features)
         if quantized:
-            # Two values a byte, stored as the engine's parameter dtype so that shards mix with bfloat16 ones.
+            # Two values a byte, stored as the base's dtype: ZeRO-3 gathers one dtype at a time (FSDP2: ``keep_bytes``).
             shape = (self.out_features * self.in_features // 2 // dtype.itemsize, 1)
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
         self.bias = None
@@ -64,6 +64,18 @@ class FrozenLinear(nn.Module):
             if update is None:
                 return product if self.bias is None else product + self.bias
         return frozen_linear(x, self.weight, self.bias, unpack=unpack, update=update)
+
+
+def keep_bytes(unit: nn.Module) -> None:
+    """Stores the unit's filled 4-bit weights, (n, 1) in the base's dtype, as the same n rows of uint8.
+
+    On CUDA FSDP2 copies what it gathers with ``torch._foreach_copy_``, which takes bfloat16 numbers through float32 and
+    back, where every NaN becomes one and the same: codes that spell one would arrive as others. A group with bytes in
+    it is copied as bytes.
+    """
+    for module in unit.modules():
+        if isinstance(module, FrozenLinear) and module.quantized:
+            module.weight = nn.Parameter(module.weight.detach().view(torch.uint8), requires_grad=False)
 
 
 class FrozenHead(nn.Module):

@@ -20,7 +20,15 @@ from nslora_dist.errors import UserError
 from nslora_dist.explain import nearest
 from nslora_dist.live_grams import Group, first_batch, groups_of, run_batch, sum_grams
 from nslora_dist.live_model import bare, evaluating, exact, linears_of
-from nslora_dist.null_space import leak, null_basis, pack_triangle, projected_init, random_leak, unpack_triangle
+from nslora_dist.null_space import (
+    gram_in_basis,
+    leak,
+    null_basis,
+    pack_triangle,
+    projected_init,
+    random_leak,
+    unpack_triangle,
+)
 
 A_INITS: tuple[str, ...] = ("orthonormal", "projected")
 METHODS: tuple[str, ...] = ("fast", "eigh")
@@ -161,7 +169,7 @@ def _solve(group: Group, *, rank: int, method: Literal["fast", "eigh"], owner: i
             basis = found.basis.float().contiguous()
             facts[0], facts[1] = leak(gram, basis), random_leak(gram, rank=rank, seed=0)
             facts[2:] = found.eigenvalues
-            small = (basis.T @ (gram @ basis)).contiguous()
+            small = gram_in_basis(gram, basis).float()
     for tensor in (basis, facts, small):
         dist.broadcast(tensor, source=owner)
     return basis, facts, small

@@ -114,10 +114,20 @@ def groups_of(model: nn.Module, linears: dict[str, nn.Linear], batches: Iterable
 def _hooked(groups: Sequence[Group], mask: list[Tensor | None]) -> Iterator[None]:
     """Sums inputs and products of the groups' linears while open; ``mask`` holds the current batch's."""
 
-    def tokens(x: Tensor) -> Tensor:
+    def tokens(x: Tensor, name: str) -> Tensor:
         real, rows = mask[0], x.reshape(-1, x.shape[-1])
-        if real is not None and x.shape[:-1] in (real.shape, (real.numel(),)):  # (b, s, d), or (b * s, d) as in OPT
+        if real is None:
+            return rows
+        if x.shape[:-1] in (real.shape, (real.numel(),)):  # (b, s, d), or (b * s, d) as in OPT
             return rows[real.flatten().to(x.device)]
+        if x.shape[:-1] == real.T.shape:  # (s, b, d) as in XLNet
+            return rows[real.T.flatten().to(x.device)]
+        if x.dim() > 2 and not bool(real.all()):  # a pooled input, (b, d), holds no padding
+            raise UserError(
+                f"calibrate: {name} reads {tuple(x.shape)} where attention_mask is {tuple(real.shape)}, so which of "
+                "its rows are padding is not known; give batches of texts of one length, or leave it out of "
+                "target_modules"
+            )
         return rows
 
     def energy(x: Tensor) -> Tensor:
@@ -125,7 +135,7 @@ def _hooked(groups: Sequence[Group], mask: list[Tensor | None]) -> Iterator[None
 
     def take_input(group: Group) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = tokens(args[0].detach())
+            rows = tokens(args[0].detach(), group.name)
             if group.gram is None:
                 group.gram = torch.zeros(group.width, group.width, device=rows.device)
                 group.energy = torch.zeros((), dtype=torch.float64, device=rows.device)
@@ -143,7 +153,7 @@ def _hooked(groups: Sequence[Group], mask: list[Tensor | None]) -> Iterator[None
             bias[:] = [] if module.bias is None else [module.bias.detach().clone()]
 
         def after(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
-            found = energy(tokens((output - bias[0] if bias else output).detach()))
+            found = energy(tokens((output - bias[0] if bias else output).detach(), name))
             group.outputs[name] = group.outputs[name] + found if name in group.outputs else found
 
         return before, after

@@ -1,8 +1,7 @@
 """What is asked of a Hugging Face model that somebody else built and maybe wrapped: its linears, and to keep still."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -31,9 +30,20 @@ def bare(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def exact(device: torch.device) -> AbstractContextManager[Any]:
-    """Without the caller's autocast, under which products of Grams and bases would come out in 16 bits."""
-    return torch.autocast(device.type, enabled=False)
+@contextmanager
+def exact(device: torch.device) -> Iterator[None]:
+    """Without the caller's autocast, and without TF32 or bfloat16 inside float32 products: both would round Grams."""
+    try:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+    except RuntimeError:  # the caller has used PyTorch's newer settings, by backend, which this one cannot read
+        before = None
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if before is not None:
+            torch.set_float32_matmul_precision(before)
 
 
 def linears_of(model: nn.Module, targets: Sequence[str] | None) -> dict[str, nn.Linear]:

@@ -30,7 +30,8 @@ def join(here: torch.device, timeout_seconds: float) -> None:
         backend = "cuda:nccl,cpu:gloo"
         if world > 1:
             # NCCL would abort the process, without a word of ours; the guard ends it, after the same time.
-            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+            # Not as a default: torchrun sets 1 for every rank that it starts.
+            os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     if "WORLD_SIZE" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return

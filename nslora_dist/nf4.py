@@ -72,7 +72,7 @@ def unpack(packed: Tensor, state: Any) -> Tensor:
     """The dense (d_out, d_in) weight in the dtype it was packed from."""
     import bitsandbytes.functional as bnb
 
-    return bnb.dequantize_4bit(packed, state)
+    return bnb.dequantize_4bit(packed.view(-1, 1), state)
 
 
 def dense_weight(linear: nn.Linear) -> Tensor:

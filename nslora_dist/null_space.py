@@ -176,6 +176,21 @@ def leak(gram: Tensor, basis: Tensor) -> float:
     return float((columns * product(gram, columns)).sum()) / total if total else 0.0
 
 
+def gram_in_basis(gram: Tensor, basis: Tensor) -> Tensor:
+    """C = Uᵀ G U in float64 (METHODS.md §1c): of a Gram's weakest directions its large ones are to cancel.
+
+    Args:
+        gram: (d_in, d_in), float32 or float64.
+        basis: U, (d_in, r), orthonormal columns.
+
+    Returns:
+        (r, r) float64, symmetric.
+    """
+    columns = basis.to(gram.device, torch.float64)
+    found = columns.T @ product(gram, columns)
+    return (found + found.T) / 2
+
+
 def random_leak(gram: Tensor, *, rank: int, seed: int) -> float:
     """Leak of a random orthonormal basis: the number to hold a null basis against, about rank / d_in (METHODS.md §1c).
 

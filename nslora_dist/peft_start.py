@@ -13,6 +13,7 @@ from nslora_dist.calibration.store import NullSpace
 from nslora_dist.errors import UserError
 from nslora_dist.export import changes_base
 from nslora_dist.live_model import bare, bare_name, exact
+from nslora_dist.merging.blocks import is_in_block
 from nslora_dist.null_space import interference
 
 
@@ -142,6 +143,13 @@ def _check(model: nn.Module, layers: dict[str, Any], null_space: NullSpace, adap
         raise UserError(f"init_lora_weights={start!r} has rewritten the base's weights; make the adapter with True")
     if start == "mica":
         raise UserError("init_lora_weights='mica' freezes B, and A is frozen here; make it with True")
+    for name, layer in layers.items():
+        variant = (getattr(layer, "lora_variant", None) or {}).get(adapter)
+        if variant is not None:
+            raise UserError(
+                f"{name} has PEFT's {type(variant).__name__}, whose update is not B A alone; use plain LoRA"
+            )
+    _check_beside(model, adapter)
     if getattr(config, "lora_bias", False) or getattr(config, "bias", "none") != "none":
         raise UserError(
             "the adapter trains biases, which no null space holds back; use bias='none' and lora_bias=False"
@@ -169,6 +177,31 @@ def _check(model: nn.Module, layers: dict[str, Any], null_space: NullSpace, adap
         found = _shape(layer.lora_A[adapter].weight)
         if found != (rank, width):
             raise UserError(f"{name}'s lora_A is {found}, the null space {folder} fits {(rank, width)}")
+
+
+def _check_beside(model: nn.Module, adapter: str) -> None:
+    """Refuses what trains beside the adapter, but a head that is new, as PEFT adds one for a classifier."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    for name, module in model.named_modules():
+        if not isinstance(module, AuxiliaryTrainingWrapper):
+            continue
+        copies = getattr(module, "modules_to_save", None)
+        if copies is not None and adapter not in copies:
+            continue
+        inner = module.original_module
+        of_base = (
+            copies is None  # single tokens of an embedding
+            or is_in_block(bare_name(name))
+            or head in (module, inner)
+            or any(isinstance(m, nn.Embedding) or "norm" in type(m).__name__.lower() for m in inner.modules())
+        )
+        if of_base:
+            raise UserError(
+                f"{bare_name(name)} would be trained whole beside the adapter (modules_to_save, "
+                "trainable_token_indices), which no null space holds back; leave it out"
+            )
 
 
 def _is_start(a: Tensor, start: Tensor) -> bool:

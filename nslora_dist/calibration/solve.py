@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nslora_dist.null_space import leak, mix_grams, null_basis, projected_init, random_leak
+from nslora_dist.null_space import gram_in_basis, leak, mix_grams, null_basis, projected_init, random_leak
 
 if TYPE_CHECKING:
     from nslora_dist.recipe import CalibrationSection
@@ -107,7 +107,7 @@ def solve_group(
     solution.facts[2] = float("fallback" in found.method)
     solution.facts[3:] = found.eigenvalues
     for number, gram in enumerate((*grams.values(), mixture)):
-        solution.update_grams[number] = basis.T @ (gram @ basis)
+        solution.update_grams[number] = gram_in_basis(gram, basis)
     if solution.spectrum.numel():
         solution.spectrum = torch.linalg.eigvalsh(mixture.double())
     if adapter.a_init == "projected":

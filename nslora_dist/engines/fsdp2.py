@@ -26,6 +26,7 @@ from nslora_dist.engines.base import (
     trained_by_name,
     uncompiled,
 )
+from nslora_dist.frozen import keep_bytes
 from nslora_dist.recipe import Recipe
 
 
@@ -33,17 +34,20 @@ class Fsdp2Engine:
     """``fully_shard`` on the embedding, every block and the head, and on the root for what is left.
 
     Trained parameters are float32 and gathered in the compute dtype; FSDP2 wants one dtype among the *trained*
-    parameters of a group, so frozen bfloat16 weights and 4-bit bytes stored as bfloat16 share a block's group with
-    them, and those bytes travel without a cast because storage and compute dtype are the same.
+    parameters of a group, so frozen bfloat16 weights share a block's group with them. So do 4-bit weights, as bytes
+    (``keep_bytes``). Those groups have no parameter dtype, to which FSDP2 of PyTorch 2.11 would cast the bytes: the few
+    trained parameters beside them are gathered in float32, and cast where they are used.
     """
 
     def __init__(self, job: Job, recipe: Recipe) -> None:
         """Loads and shards the model unit by unit."""
         mesh = init_device_mesh(job.device.type, (dist.world_size(),))
         compute = torch_dtype(recipe.base_model)
-        policy = MixedPrecisionPolicy()
+        policy = packed = MixedPrecisionPolicy()
         if compute != torch.float32:
             policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+            packed = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        quantized = recipe.base_model.quantization == "nf4"
         self.units: list[FSDPModule] = []
         tied = job.model.lm_head.weight is job.model.model.embed_tokens.weight
 
@@ -51,10 +55,12 @@ class Fsdp2Engine:
             # A tied embedding is used by two modules, so it belongs to the root's group; a norm alone is too small
             # for a collective of its own.
             if name != "model.norm" and not (tied and name == "model.embed_tokens"):
-                sharded = fully_shard(unit, mesh=mesh, mp_policy=policy)
+                in_block = name.startswith("model.layers.")
+                keep_bytes(unit)
+                sharded = fully_shard(unit, mesh=mesh, mp_policy=packed if quantized and in_block else policy)
                 # No gradient needs these two's weights: the embedding's input takes none, and the head's loss makes
                 # its gradient in forward. Their backward would gather 2 x 2.1 GB at 70B for nothing.
-                sharded.set_unshard_in_backward(name.startswith("model.layers."))
+                sharded.set_unshard_in_backward(in_block)
                 self.units.append(sharded)
 
         def alone(name: str) -> bool:
@@ -117,7 +123,7 @@ class Fsdp2Engine:
     @contextmanager
     def whole(self) -> Iterator[None]:
         """See ``Engine``. The root's own group, of a norm and a tied embedding, is kept by FSDP2 in any case."""
-        size = sum(parameter.numel() for parameter in self.model.parameters()) * self.compute.itemsize
+        size = sum(p.numel() * min(p.element_size(), self.compute.itemsize) for p in self.model.parameters())
         units = self.units if machine.may_keep(size, self.device) else []
         for unit in units:
             unit.set_reshard_after_forward(False, recurse=False)

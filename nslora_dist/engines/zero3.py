@@ -250,7 +250,9 @@ class Zero3Engine:
             finally:
                 self.kept = False
                 for parameter in parameters:
-                    parameter.ds_active_sub_modules.discard(WHOLE)
+                    # All of them: a module whose pass ended in an error is still noted as at work, and DeepSpeed would
+                    # refuse to free its parameters, an error that hides the first one.
+                    parameter.ds_active_sub_modules.clear()
 
     def close(self) -> None:
         """See ``Engine``. DeepSpeed keeps hooks and buffers until told."""

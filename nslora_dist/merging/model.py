@@ -20,7 +20,7 @@ from nslora_dist.base_weights import fill_unit, finish
 from nslora_dist.errors import UserError
 from nslora_dist.explain import nearest
 from nslora_dist.export import Factors
-from nslora_dist.frozen import FrozenLinear
+from nslora_dist.frozen import FrozenLinear, keep_bytes
 from nslora_dist.merge_recipe import MergeBase
 from nslora_dist.merging.blocks import block_of, is_in_block
 from nslora_dist.merging.merged_linear import Coefficients, MergedLinear
@@ -168,6 +168,7 @@ def _load_units(
             linears[path] = merged(path, known[path])
             model.set_submodule(path, linears[path])
         if mesh is not None and name != "model.norm" and not (tied and name == "model.embed_tokens"):
+            keep_bytes(unit)
             fully_shard(unit, mesh=mesh)
     finish(model, device=device)
     if mesh is not None:

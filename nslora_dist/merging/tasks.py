@@ -130,7 +130,8 @@ def _check_kind(where: str, config: Mapping[str, Any]) -> None:
             f"{where}: acts only behind its invocation tokens (alora_invocation_tokens), which no update of a weight "
             "does; use plain LoRA"
         )
-    for key in ("target_parameters", "use_qalora"):
+    beside = ("use_bdlora", "kasa_config", "monteclora_config", "velora_config", "arrow_config")
+    for key in ("target_parameters", "use_qalora", *beside):
         if config.get(key):
             raise UserError(
                 f"{where}: was made with {key}, whose factors are no update of a plain linear's weight; use plain LoRA "

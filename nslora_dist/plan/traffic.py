@@ -193,8 +193,12 @@ def fsdp2_units(shapes: Shapes) -> list[Unit]:
 
 
 def fsdp2_gather(unit: Unit, shapes: Shapes, world_size: int) -> int:
-    """Bytes of one unit's all-gather: every row-padded parameter in the compute dtype (``MixedPrecisionPolicy``)."""
-    return sum(padded_rows(p, world_size) for p in unit.params) * shapes.compute
+    """Bytes of one unit's all-gather: every row-padded parameter in the compute dtype (``MixedPrecisionPolicy``).
+
+    Beside 4-bit weights trained parameters stay float32 (``Fsdp2Engine``).
+    """
+    trained = FLOAT32 if shapes.quantized else shapes.compute
+    return sum(padded_rows(p, world_size) * (trained if p.trained else shapes.compute) for p in unit.params)
 
 
 def fsdp2_measured(shapes: Shapes, world_size: int, *, with_head: bool) -> list[Traffic]:

@@ -96,8 +96,8 @@ def _run_of(lines: Sequence[Line], planned: frozenset[Setting]) -> dict[str, int
 
 
 def of_methods(lines: Iterable[Line], study: Study) -> list[Line]:
-    """The lines of the grids that compare methods, and run along nothing else."""
-    return [line for line in lines if any(study.grids[grid].along is None for grid in line["grids"])]
+    """The lines of the grids that compare methods, and run along nothing else but weight decay."""
+    return [line for line in lines if any(study.grids[grid].compares for grid in line["grids"])]
 
 
 def of_first_calibration(settings: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

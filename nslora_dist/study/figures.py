@@ -78,6 +78,11 @@ class Figures:
         own = self.arm(*where)["fresh"]
         return float(own["adaptation"]) if learned else _value(own["retention"])
 
+    def best(self, *where: Any) -> dict[str, float]:
+        """The arm's chosen learning rate and weight decay, to look its cells up by."""
+        chosen = self.arm(*where)["chosen"]
+        return {key: float(chosen[key]) for key in ("learning_rate", "weight_decay")}
+
     def product(self, *where: Any) -> float:
         """Learning rate times weight decay at the chosen setting."""
         chosen = self.arm(*where)["chosen"]
@@ -169,6 +174,12 @@ class Figures:
     def lost_below_kl(self, limit: float, **where: Any) -> float:
         """Most that a cell lost whose divergence stays below a limit."""
         return max(forgetting(line) for line in self.cells(**where) if _score(line, "kl") < limit)
+
+    def harmless(self, score: str, **where: Any) -> dict[str, float]:
+        """The least ``value`` of a score at which a cell lost more than 1%, and the number of ``cells`` below it."""
+        lines = self.cells(**where) if where else self.lines
+        value = min(_score(line, score) for line in lines if forgetting(line) > 0.01)
+        return {"value": value, "cells": sum(_score(line, score) < value for line in lines)}
 
     def table(self, start: str, rows: Sequence[str] | None = None, after: str = "") -> str:
         """The first table of the summary behind ``after`` whose header starts so, or those of its rows."""

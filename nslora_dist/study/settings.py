@@ -26,7 +26,7 @@ def planned_settings(study: Study) -> Planned:
     own: dict[tuple[str, str, str | None, str], set[Setting]] = {}
     brought: dict[tuple[str, str, str | None, str], set[Setting]] = {}
     for cell in cells_of(study):
-        grids = [study.grids[name] for name in cell.grids if study.grids[name].along is None]
+        grids = [study.grids[name] for name in cell.grids if study.grids[name].compares]
         if not grids:
             continue
         found = own if any(not grid.learning_rates and not grid.weight_decays for grid in grids) else brought

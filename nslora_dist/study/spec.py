@@ -170,6 +170,11 @@ class Grid(Section):
     weight_decays: Decays | None = None
     along: Literal["rank", "sequences", "calibration", "budget", "weight_decay"] | None = None
 
+    @property
+    def compares(self) -> bool:
+        """Whether its cells count for their arms' frontiers: a decay that was run is one that an arm may choose."""
+        return self.along in (None, "weight_decay")
+
 
 class StudyTraining(Section):
     """What all cells have in common."""

@@ -85,6 +85,7 @@ def run_ranks(
 
 def context_for(cuda: bool) -> Any:
     if cuda:
+        os.environ.pop("DS_ACCELERATOR", None)  # of an earlier group on the CPU
         return multiprocessing.get_context("spawn")  # a GPU's driver does not survive a fork
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as quiet.py has it

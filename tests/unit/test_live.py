@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.config import KasaConfig
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -15,12 +16,15 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     OPTConfig,
     OPTForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
 import nslora_dist
@@ -173,6 +177,12 @@ def test_a_start_that_leaves_the_base_alone_is_replaced(tmp_path: Path) -> None:
         ({"r": 6, "lora_bias": True}, "trains biases, which no null space holds back"),
         ({"r": 6, "bias": "all"}, "trains biases"),
         ({"r": 6, "target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens is an embedding with an adapter"),
+        ({"r": 6, "modules_to_save": ["embed_tokens"]}, "embed_tokens would be trained whole"),
+        ({"r": 6, "target_modules": ["q_proj"], "modules_to_save": ["down_proj"]}, "mlp.down_proj would be trained"),
+        ({"r": 6, "target_modules": ["q_proj"], "modules_to_save": ["norm"]}, "norm would be trained whole"),
+        ({"r": 6, "modules_to_save": ["lm_head"]}, "lm_head would be trained whole"),
+        ({"r": 6, "trainable_token_indices": [1, 2]}, "embed_tokens would be trained whole"),
+        ({"r": 6, "kasa_config": KasaConfig()}, "q_proj has PEFT's KasaLinearVariant"),
     ],
 )
 def test_what_does_not_fit_is_said(config: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -218,6 +228,70 @@ def test_padding_is_not_counted_where_the_model_flattens_its_tokens() -> None:
         for module in group["modules"]:
             energy = one.manifest["modules"][module]["references"]
             assert energy == pytest.approx(other.manifest["modules"][module]["references"], rel=1e-5)
+
+
+def test_padding_of_a_model_that_turns_its_tokens_or_hides_them() -> None:
+    """XLNet runs (sequence, batch, d); a model that prepends tokens of its own has no mask for its rows."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 48}
+    model = XLNetLMHeadModel(XLNetConfig(vocab_size=50, **sizes))
+    ids, lengths = torch.randint(10, 50, (3, 12)), torch.tensor([12, 5, 8])
+    real = torch.arange(12) < lengths[:, None]
+
+    def energy(pad: int) -> list[float]:
+        batches = [{"input_ids": torch.where(real, ids, pad), "attention_mask": real.long()}]
+        found = nslora_dist.calibrate(model, batches, rank=4, target_modules=["layer_1", "layer_2"])
+        return [value for module in found.manifest["modules"].values() for value in module["references"].values()]
+
+    assert energy(1) == pytest.approx(energy(7), rel=1e-5)
+
+    class Prepending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(32, 32)
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            x = torch.nn.functional.one_hot(input_ids % 32, 32).float()
+            return self.inner(torch.cat([torch.ones(len(x), 2, 32), x], 1))
+
+    batches = [{"input_ids": ids, "attention_mask": real.long()}]
+    with pytest.raises(UserError, match=r"inner reads \(3, 14, 32\) where attention_mask is \(3, 12\)"):
+        nslora_dist.calibrate(Prepending(), batches, rank=4, target_modules=["inner"])
+    batches[0]["attention_mask"] = torch.ones(3, 12)
+    nslora_dist.calibrate(Prepending(), batches, rank=4, target_modules=["inner"])
+
+
+def test_a_new_head_may_train_beside_the_adapter(tmp_path: Path) -> None:
+    _, batches, targets = llama()
+    model = LlamaForSequenceClassification(LlamaConfig(vocab_size=99, pad_token_id=0, **SMALL))
+    nslora_dist.calibrate(model, batches, rank=6, folder=tmp_path / "n", target_modules=targets)
+    peft = get_peft_model(model, LoraConfig(r=6, target_modules=targets, task_type="SEQ_CLS"))
+    assert nslora_dist.init_peft(peft, tmp_path / "n")
+
+
+@pytest.mark.parametrize("precision", ["medium", "high"])
+def test_the_caller_s_matmul_precision_rounds_nothing(precision: str, tmp_path: Path) -> None:
+    """Under it Uᵀ G U of a leak of 1e-5 was noise, where the processor has such products (AMX) or the GPU (TF32)."""
+    torch.manual_seed(0)
+    model, batches, targets = llama()
+    expected = nslora_dist.calibrate(model, batches, rank=6, target_modules=targets)
+    before = torch.get_float32_matmul_precision()
+    asked: list[str] = []
+    plain = nslora_dist.live_calibration.gram_in_basis
+
+    def watched(gram: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+        asked.append(torch.get_float32_matmul_precision())
+        return plain(gram, basis)
+
+    try:
+        torch.set_float32_matmul_precision(precision)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("nslora_dist.live_calibration.gram_in_basis", watched)
+            nslora_dist.calibrate(model, batches, rank=6, target_modules=targets)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert asked == ["highest"] * len(expected.manifest["groups"])
 
 
 def test_each_module_keeps_its_own_mode() -> None:

@@ -456,6 +456,8 @@ def spoil(folder: Path, how: str) -> None:
         edit_config(b, alora_invocation_tokens=[3, 4])
     elif how == "layers":
         edit_config(b, layer_replication=[[0, 3], [1, 4]])
+    elif how == "blocks":
+        edit_config(b, use_bdlora={"nblocks": 2})
     elif how == "parameters":
         edit_config(b, target_parameters=["mlp.experts.down_proj"])
     elif how == "head":
@@ -495,6 +497,7 @@ def spoil(folder: Path, how: str) -> None:
         ("transposed", r"adapters\.b\.path .*transposed weights"),
         ("tokens", r"adapters\.b\.path .*alora_invocation_tokens"),
         ("layers", r"adapters\.b\.path .*layer_replication"),
+        ("blocks", r"adapters\.b\.path .*was made with use_bdlora"),
         ("parameters", r"adapters\.b\.path .*was made with target_parameters, whose factors are no update of a plain"),
         ("head", r"'base_model\.model\.lm_head\.base_layer\.weight' is a copy of .*save_embedding_layers=False"),
         ("olora", r"adapters\.b\.path .*init_lora_weights='olora', which changes .*path_initial_model_for_weight_conv"),
