@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
-# cpu pulls no CUDA package; on a GPU machine give PyTorch's name of the build instead, as in: make demo TORCH_BUILD=cu130
+# cpu pulls no CUDA package; on a GPU machine give PyTorch's name of the build instead, as in: make setup TORCH_BUILD=cu130
 TORCH_BUILD ?= cpu
 ifeq ($(shell uname -s),Darwin)
 TORCH_SPEC := torch==$(TORCH)
@@ -34,7 +34,7 @@ help:
 	@echo "make clean   remove .venv and caches; runs/ stays"
 
 demo: $(READY)
-	@$(RUN) $(OFFLINE) DS_ACCELERATOR=cpu deepspeed --quiet --num_accelerators 2 launch/train.py --recipe tiny_math
+	@$(RUN) $(OFFLINE) CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu deepspeed --quiet --num_accelerators 2 launch/train.py --recipe tiny_math
 
 test: $(READY)
 	@echo "== lint"; $(RUN) ruff check .; $(RUN) ruff format --check .

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One recipe on several machines with DeepSpeed's launcher, which reaches them by ssh without a password. Run it on one:
+# One recipe on several machines with DeepSpeed's launcher, which reaches them by pdsh (apt install pdsh)
+# over ssh without a password. Run it on one:
 #
 #     launch/deepspeed_hostfile.sh my_hostfile llama3_70b_math
 #     launch/deepspeed_hostfile.sh my_hostfile llama3_70b_math train.micro_batch_size=2

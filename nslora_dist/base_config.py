@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from transformers import AutoConfig, PreTrainedConfig
 
 from nslora_dist.errors import UserError
+from nslora_dist.explain import hub_reason
 from nslora_dist.named import is_local
 
 if TYPE_CHECKING:
@@ -120,8 +121,7 @@ def _read_config(section: BaseModelSection, path: str, key: str) -> PreTrainedCo
             _check_sizes(config)
             return config
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{key} {path}: its config.json cannot be loaded ({first})") from error
+        raise UserError(f"{key} {path}: its config.json cannot be loaded ({hub_reason(error)})") from error
     raise UserError(
         f"{key} {path}: its config.json asks for code of its own (auto_map), and code that comes with a model is never "
         "run; use a model whose classes transformers has, and take auto_map out of a copy's config.json"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nslora_dist import watch
 from nslora_dist.errors import UserError
-from nslora_dist.explain import nearest
+from nslora_dist.explain import hub_reason, nearest
 from nslora_dist.named import is_local
 
 if TYPE_CHECKING:
@@ -157,7 +157,6 @@ def locate(section: BaseModelSection) -> Path:
             snapshot_download(section.path, revision=section.revision, allow_patterns=patterns, tqdm_class=_Fetching)
         )
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"base_model.path {section.path}: no such folder, and not to be had from the hub ({first})"
+            f"base_model.path {section.path}: no such folder, and not to be had from the hub ({hub_reason(error)})"
         ) from error

@@ -26,6 +26,21 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
+def hub_reason(error: Exception) -> str:
+    """Why the Hugging Face hub gave nothing, in one line; its first line alone is a status and an address.
+
+    Args:
+        error: what ``huggingface_hub`` or ``transformers`` raised.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    known = any(sign in text for sign in ("401 Client Error", "403 Client Error", "gated repo"))
+    remedy = (
+        "; accept the licence on the model's page where it is gated, and run 'hf auth login' or set HF_TOKEN on every "
+        "machine"
+    )
+    return f"{text[:300]}{'...' if len(text) > 300 else ''}{remedy if known else ''}"
+
+
 def explain(error: ValidationError, root: type[BaseModel], *, origin: str = "", overridden: Sequence[str] = ()) -> str:
     """The first thing wrong: which value, where it came from, what to do.
 

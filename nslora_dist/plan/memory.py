@@ -124,7 +124,8 @@ def saved(shapes: Shapes, batch: Batch, *, attention: str, checkpointing: bool, 
     With checkpointing a block keeps its input and the generator's state. Always: the final norm, the head's input
     gradient (made in forward, ``_HeadLoss``) with the index of its tokens, cos and sin of the rotation, the mask, and
     on engines that hold adapters wider than they compute, their narrow copies (FSDP2 gathers them narrow already, but
-    beside 4-bit weights); Null-LoRA's factors of the whole rank, which it makes anew in every forward pass from what it trains.
+    beside 4-bit weights); Null-LoRA's factors of the whole rank, which it makes anew in every forward pass from what it
+    trains.
     """
     c, h = shapes.compute, shapes.hidden
     labelled = batch.supervised * batch.rows * (batch.length - 1)
