@@ -75,7 +75,25 @@ def measured_traffic(recipe: Recipe) -> dict[str, Counts]:
         found["let go"] = counter.take()
         trained(1)  # finds what the last pass has left gathered
         found["trained again"] = trained(2)
+        found["ended"] = ended_by(engine, batch)
     return found
+
+
+def ended_by(engine: Any, batch: Any) -> str:
+    """What comes out of an evaluation with kept weights of which a module runs out of memory."""
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise MemoryError("no room")
+
+    engine.model.lm_head.forward = full
+    try:
+        with engine.whole():
+            engine.matches(batch)
+    except Exception as error:
+        return type(error).__name__
+    finally:
+        del engine.model.lm_head.forward
+    return "nothing"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -107,6 +125,7 @@ def test_traffic(tmp_path: Path, case: str, ranks: int) -> None:
         assert counted["no room"] == as_counts(traffic.times(one, WRITTEN + 1))
         assert counted["let go"] == as_counts(one)
         assert counted["trained again"] == counted["trained"]
+        assert counted["ended"] == "MemoryError", "and nothing that came of it"
         assert counted["budget"] == (as_counts(traffic.budget(shapes, ranks, name)) if dial else {})
     if name == "zero3" and ranks == 3:
         assert traffic.budget(shapes, ranks, name)[0].calls == 2, "no row was split"

@@ -281,6 +281,20 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         meeting.join(torch.device("cuda", 4), 5.0)
 
 
+def test_nccl_is_not_to_abort_ranks_whatever_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun sets 1, with which NCCL's own watchdog ends a rank without a line."""
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(torch.distributed.HashStore(), 0, 2)]))
+    joined: list[str] = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: joined.append(backend))
+    meeting.join(torch.device("cuda", 0), 5.0)
+    assert joined == ["cuda:nccl,cpu:gloo"] and os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+
+
 def test_ranks_stall_together_or_not_at_all() -> None:
     """A rank that waits has begun nothing for as long as another is at work."""
     ours = peers(a=(5, 0, True), b=(9, 0, False))  # the other last began something 9 s ago
