@@ -57,12 +57,13 @@ def check(
             "make room, or give another output_dir"
         )
     gpu, host = wanted.gpu_bytes, wanted.host_bytes
+    ask = f"python launch/plan.py --recipe {recipe.name} --gpus {cluster.gpus} (and your overrides)"
     if device.type == "cuda":
         left, held, whole = machine.gpu_memory(device)  # what this run holds the plan counts, too
         if gpu > UNSURE * (left + held):
             raise UserError(
                 f"{phase}: needs about {gb(gpu)} of GPU memory, {gb(left + held)} of {gb(whole)} can be had; "
-                "python launch/plan.py says what to change"
+                f"{ask} says what to change"
             )
     else:
         host += gpu * local
@@ -70,8 +71,7 @@ def check(
     available = math.inf if found is None else found[0] + local * found[1]
     if host > UNSURE * available:
         raise UserError(
-            f"{phase}: needs about {gb(host)} of host memory, {gb(available)} are free; "
-            "python launch/plan.py says what to change"
+            f"{phase}: needs about {gb(host)} of host memory, {gb(available)} are free; {ask} says what to change"
         )
 
 
