@@ -90,6 +90,8 @@ def calibrate(
                 "decoder would count; only models with one stack of blocks can be calibrated"
             )
         linears = linears_of(model, target_modules)
+        if a_init == "projected":
+            _check_readable(linears)
     with evaluating(model):
         groups = groups_of(model, linears, batches)
         for group in groups:
@@ -147,6 +149,18 @@ def _chunks(groups: Sequence[Group], gram_bytes: float) -> Iterator[list[Group]]
         chunk.append(group)
     if chunk:
         yield chunk
+
+
+def _check_readable(linears: Mapping[str, nn.Linear]) -> None:
+    """Refuses weights of whole numbers that nobody here can turn back, before a pass has been paid for."""
+    for name, linear in linears.items():
+        known = getattr(linear.weight, "quant_state", None) is not None or hasattr(linear, "quant_state")
+        if not (linear.weight.is_floating_point() or known):
+            raise UserError(
+                f"calibrate: the weight of {name} is {str(linear.weight.dtype).removeprefix('torch.')} "
+                f"({type(linear).__name__}), which a_init 'projected' cannot read; use a_init='orthonormal', which "
+                "reads no weight, or a base in 4 bits"
+            )
 
 
 def _solve(group: Group, *, rank: int, method: Literal["fast", "eigh"], owner: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -261,6 +261,21 @@ def test_padding_of_a_model_that_turns_its_tokens_or_hides_them() -> None:
     nslora_dist.calibrate(Prepending(), batches, rank=4, target_modules=["inner"])
 
 
+def test_an_8_bit_weight_is_refused_before_the_first_pass_or_not_read() -> None:
+    model, batches, targets = llama()
+    bnb = pytest.importorskip("bitsandbytes")
+    for name, linear in [(n, m) for n, m in model.named_modules() if n.endswith("q_proj")]:
+        packed = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False)
+        packed.load_state_dict(linear.state_dict())
+        model.set_submodule(name, packed.to("cpu"))
+    ran: list[int] = []
+    model.register_forward_pre_hook(lambda *_: ran.append(1))
+    with pytest.raises(UserError, match=r"weight of .*q_proj is int8 \(Linear8bitLt\), which a_init 'projected'"):
+        nslora_dist.calibrate(model, batches, rank=4, target_modules=targets, a_init="projected")
+    assert not ran
+    nslora_dist.calibrate(model, batches, rank=4, target_modules=targets, a_init="orthonormal")
+
+
 def test_a_new_head_may_train_beside_the_adapter(tmp_path: Path) -> None:
     _, batches, targets = llama()
     model = LlamaForSequenceClassification(LlamaConfig(vocab_size=99, pad_token_id=0, **SMALL))
