@@ -92,10 +92,10 @@ def interference_tables(interference: Mapping[str, Any]) -> list[str]:
 
     In front of them the budget that training kept to, where there was one; beside them the divergence of the output.
     """
-    head = ["largest module", "mean over modules", "divergence, nats a token"]
+    head = ["largest module", "root mean square over modules", "mean over modules", "divergence, nats a token"]
 
     def cells(found: Mapping[str, Any]) -> list[str]:
-        return [number(found.get(key)) for key in ("max", "mean", "divergence")]
+        return [number(found.get(key)) for key in ("max", "rms", "mean", "divergence")]
 
     tables = [budget_sentence(budget)] if (budget := interference.get("budget")) else []
     if interference.get("max") is not None:

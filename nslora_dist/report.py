@@ -108,7 +108,7 @@ def write_report(run: Path, report: Mapping[str, Any]) -> None:
         run: the run's folder, made if need be.
         report: ``recipe`` (resolved), ``engine``, ``world_size``, ``quantization``, ``losses`` (one an optimizer step),
             ``evaluation`` ({arm: {adaptation, retention, retention_by, learning_rate?, lm_eval?}}), ``interference``
-            ({max, mean, rms, divergence, per_module, by_source, by_probe}), ``interference_by_arm``, ``leak``
+            ({max, mean, rms, divergence, per_module, by_source, by_probe, budget?}), ``interference_by_arm``, ``leak``
             ({calibration, heldout, random}), ``seconds`` (by phase), ``tokens_per_second``, ``peak_memory_bytes``,
             ``peak_memory_by_phase``, ``adapter`` (path), ``data`` (counts),
             ``spectra`` ({group: {eigenvalues ascending, rank, index?, size?, modules?}}), ``weight_null_space`` ({arm:

@@ -140,7 +140,7 @@ def train(
             values = {"train/loss": loss, "train/learning_rate": rate, "train/grad_norm": norm}
             values["train/tokens_per_second"] = result.tokens_per_second
             values |= {} if kept is None else kept.tags()
-            interference = live_interference(engine)
+            interference = live_interference(engine)  # of B before this step, as its forward pass saw it
             if dist.is_main():
                 scalars.add(step, values | _interference_tags(interference))
             most = (
@@ -239,6 +239,7 @@ def _interference_tags(found: dict[str, dict[str, Tensor]]) -> dict[str, float]:
         if name == MIXTURE:
             tags |= {f"interference_per_module/{module}": value for module, value in numbers.items()}
         tags[f"interference/{name}_max"] = max(numbers.values())
+        tags[f"interference/{name}_rms"] = math.sqrt(sum(value * value for value in numbers.values()) / len(numbers))
         tags[f"interference/{name}_mean"] = sum(numbers.values()) / len(numbers)
     return tags
 
