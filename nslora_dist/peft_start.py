@@ -181,16 +181,14 @@ def _check(model: nn.Module, layers: dict[str, Any], null_space: NullSpace, adap
 
 def _check_beside(model: nn.Module, adapter: str) -> None:
     """Refuses what trains beside the adapter, but a head that is new, as PEFT adds one for a classifier."""
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for name, module in model.named_modules():
-        if not isinstance(module, AuxiliaryTrainingWrapper):
+        inner = getattr(module, "original_module", None)
+        if not isinstance(inner, nn.Module):  # as PEFT's wrappers of what trains beside an adapter keep it
             continue
         copies = getattr(module, "modules_to_save", None)
         if copies is not None and adapter not in copies:
             continue
-        inner = module.original_module
         of_base = (
             copies is None  # single tokens of an embedding
             or is_in_block(bare_name(name))

@@ -37,10 +37,13 @@ def test_stands_beside_the_interference() -> None:
     found = summarise(ratios, texts, {"calibration": 0.25, "facts": 0.25, "french": 1.5})
     assert found["divergence"] == 0.25 and found["by_probe"]["french"]["divergence"] == 1.5
     tables = "\n".join(interference_tables(found))
-    assert "| calibration mixture | 0.4 | 0.35 | 0.25 |" in tables and "| french | 0.4 | 0.35 | 1.5 |" in tables
+    assert (
+        "| calibration mixture | 0.4 | 0.354 | 0.35 | 0.25 |" in tables
+        and "| french | 0.4 | 0.354 | 0.35 | 1.5 |" in tables
+    )
     # An older run's figures have none.
     older = summarise(ratios, texts)
-    assert "| french | 0.4 | 0.35 | – |" in "\n".join(interference_tables(older))
+    assert "| french | 0.4 | 0.354 | 0.35 | – |" in "\n".join(interference_tables(older))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
