@@ -154,8 +154,7 @@ def _chunks(groups: Sequence[Group], gram_bytes: float) -> Iterator[list[Group]]
 def _check_readable(linears: Mapping[str, nn.Linear]) -> None:
     """Refuses weights of whole numbers that nobody here can turn back, before a pass has been paid for."""
     for name, linear in linears.items():
-        known = getattr(linear.weight, "quant_state", None) is not None or hasattr(linear, "quant_state")
-        if not (linear.weight.is_floating_point() or known):
+        if not linear.weight.is_floating_point() and nf4.quant_state(linear) is None:
             raise UserError(
                 f"calibrate: the weight of {name} is {str(linear.weight.dtype).removeprefix('torch.')} "
                 f"({type(linear).__name__}), which a_init 'projected' cannot read; use a_init='orthonormal', which "

@@ -75,10 +75,13 @@ def unpack(packed: Tensor, state: Any) -> Tensor:
     return bnb.dequantize_4bit(packed.view(-1, 1), state)
 
 
+def quant_state(linear: nn.Linear) -> Any:
+    """What a 4-bit linear is unpacked by, kept at its weight or, where that was sharded, at itself; None of others."""
+    state = getattr(linear.weight, "quant_state", None)
+    return getattr(linear, "quant_state", None) if state is None else state
+
+
 def dense_weight(linear: nn.Linear) -> Tensor:
     """The (d_out, d_in) weight of a plain linear, or of bitsandbytes' 4-bit one unpacked."""
-    weight = linear.weight.detach()
-    state = getattr(linear.weight, "quant_state", None)
-    if state is None:
-        state = getattr(linear, "quant_state", None)
+    weight, state = linear.weight.detach(), quant_state(linear)
     return weight if state is None else unpack(weight, state)

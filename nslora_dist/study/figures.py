@@ -93,6 +93,11 @@ class Figures:
         own = (self.prediction["aggregates"] if where is None else self.prediction["settings"][where])[aggregate]
         return _value(own[which]) if isinstance(own[which], dict) else own[which]
 
+    def within(self, aggregate: str, *arms: str) -> float:
+        """The same within one arm, base and task: the mean over these arms."""
+        own = self.prediction["aggregates"][aggregate]["within"]
+        return float(np.mean([own[arm] for arm in arms]))
+
     def correlations(self, aggregate: str, which: str, start: str = "") -> list[float]:
         """The same on every base and task whose name starts so."""
         settings = self.prediction["settings"]

@@ -135,7 +135,8 @@ def start_live(kind: str, folder: Path, base: Path) -> dict[str, Any]:
     else:
         model = make()
     model.eval()
-    before = model(input_ids=ids).logits.detach()
+    with torch.no_grad():  # as below: on some processors bitsandbytes rounds otherwise where no gradient is asked for
+        before = model(input_ids=ids).logits
     peft = adapted(model).eval()
     called, inner = shard(peft, kind)
     layers = nslora_dist.init_peft(called, folder)
