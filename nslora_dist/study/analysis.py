@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from nslora_dist.study.coverage import coverage
+from nslora_dist.study.elsewhere import on_other_tables
 from nslora_dist.study.fresh import on_fresh_seeds
 from nslora_dist.study.points import chosen_of, grouped, most_retention, points, relative_retention, variant
 from nslora_dist.study.settings import Line, Planned, Setting, over_same_seeds, planned_settings, setting_of
@@ -37,10 +38,12 @@ def analyse(lines: Sequence[Line], study: Study) -> dict[str, Any]:
         ``cells``; ``compared``, the arms of the first grid that compares methods; ``settings``, one entry a size, task
         and calibration (an arm that no calibration shapes stands in each), with the best adaptation of all and the
         figures of every arm and variant; ``sweeps``, one entry a grid along weight decay, size and task, with those of
-        its variants; ``curves``, one entry a grid that varies something else than the method, size and task; ``run``,
-        what was run of what is planned (``coverage``).
+        its variants; ``curves``, one entry a grid that varies something else than the method, size and task;
+        ``elsewhere``, of each compared arm what the settings that other tables choose are worth; ``run``, what was run
+        of what is planned (``coverage``).
     """
     planned, settings, learned = planned_settings(study), [], {}
+    of_table: dict[str, dict[tuple[str, str], list[Line]]] = {}  # arm → size and task, where all of it was run
     compared = next((list(grid.arms) for grid in study.grids.values() if grid.along is None), [])
     for (size, task), own in grouped(of_methods(lines, study), lambda line: (line["size"], line["task"])).items():
         arms = {
@@ -48,6 +51,10 @@ def analyse(lines: Sequence[Line], study: Study) -> dict[str, Any]:
             for calibration in dict.fromkeys(line["calibration"] for line in own)
         }
         best = learned[size, task] = _yardstick(arms.values(), compared)
+        first = own[0]["calibration"]
+        for name, here in arms[first].items():
+            if name in compared and not _run_of(here, planned_of(planned, here[0], first))["missing"]:
+                of_table.setdefault(name, {})[size, task] = here
         for calibration, of_arm in arms.items():
             chosen = of_calibration(own, calibration)
             variants, all_of = grouped(chosen, variant), grouped(chosen, lambda line: line["arm"])
@@ -73,6 +80,9 @@ def analyse(lines: Sequence[Line], study: Study) -> dict[str, Any]:
         "settings": settings,
         "sweeps": sweeps(lines, study, learned),
         "curves": curves(lines, study),
+        "elsewhere": {
+            name: on_other_tables(own, learned, share=SHARES[0]) for name, own in of_table.items() if len(own) > 1
+        },
         "run": coverage(lines, study),
     }
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from nslora_dist.study.analysis import whole_arms
+from nslora_dist.study.elsewhere import over_tables
 from nslora_dist.study.points import forgetting, grouped, points, relative_retention
 from nslora_dist.study.settings import Line
 from nslora_dist.study.written import number
@@ -175,6 +176,15 @@ class Figures:
         kept = [float(found[0]["retention"]) for found in own.values()]
         means = {"learned": float(np.mean(learned)), "kept": float(np.mean(kept))}
         return means | {"learned_least": min(learned), "kept_least": min(kept), "tables": len(own)}
+
+    def elsewhere(self, name: str, way: str = "table", **where: str) -> Any:
+        """What an arm is worth at the settings that other tables choose, over the tables with this size or task.
+
+        ``way`` says which have no say.
+        """
+        own = self.found["elsewhere"][name][way]
+        chosen = [entry for entry in own["chosen"] if all(entry[key] == value for key, value in where.items())]
+        return own | {"chosen": chosen} | over_tables(chosen)
 
     def lost_below_kl(self, limit: float, **where: Any) -> float:
         """Most that a cell lost whose divergence stays below a limit."""

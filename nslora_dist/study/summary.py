@@ -8,6 +8,7 @@ from nslora_dist import artifacts
 from nslora_dist.card import markdown_table
 from nslora_dist.study.analysis import COSTS, KEEPS, SHARES, analyse, of_first_calibration, plot_of, whole_arms
 from nslora_dist.study.coverage import coverage_table
+from nslora_dist.study.elsewhere import LEFT_OUT
 from nslora_dist.study.lines import round_floats
 from nslora_dist.study.plots import draw_study
 from nslora_dist.study.prediction import predict
@@ -48,6 +49,7 @@ def text_of(found: Mapping[str, Any], *, name: str, missing: int, plots: Sequenc
     if found["settings"]:
         own = found["settings"], found["compared"]
         parts += [*_headlines(*own), FRESH, *_fresh(*own)]
+        parts += [ELSEWHERE, _elsewhere(found)] if found["elsewhere"] else []
     parts += [f"![{path.stem}]({path})" for path in plots if path.stem == "headline"]
     parts.append(HOW)
     for setting in found["settings"]:
@@ -144,6 +146,34 @@ def _fresh(settings: Sequence[Mapping[str, Any]], compared: Collection[str]) -> 
         ]
         tables += [markdown_table(header, rows)] if columns else []
     return tables or ["None yet."]
+
+
+ELSEWHERE = (
+    "Untuned: on each table the setting that the arm is best with on the *other* tables, on those of other tasks, on "
+    "those of other bases (best: of the settings that learn 95% of the most there, on average, it keeps most). "
+    "Learned, as a share of the most that any arm learns on the table, / kept: means over tables, the least in "
+    "parentheses. (1 of 3): for one of them a setting reached the 95% elsewhere, for the rest it is the one that "
+    "learns most."
+)
+
+
+def _elsewhere(found: Mapping[str, Any]) -> str:
+    """A row an arm, the columns by what has no say in the choice."""
+    named = {name: _named(name, own) for setting in found["settings"] for name, own in setting["arms"].items()}
+    header = ["untuned", *(f"chosen on other {way}s" for way in LEFT_OUT)]
+    rows = [
+        [named[name], *(_untuned(own.get(way)) for way in LEFT_OUT)]
+        for name, own in sorted(found["elsewhere"].items(), key=lambda item: found["compared"].index(item[0]))
+    ]
+    return markdown_table(header, rows)
+
+
+def _untuned(own: Mapping[str, Any] | None) -> str:
+    if own is None:
+        return NONE
+    learned, kept = (f"{score(own[key])} ({score(own[f'{key}_least'])})" for key in ("learned", "kept"))
+    tables, reached = len(own["chosen"]), own["reached"]
+    return f"{learned} / {kept}" + ("" if reached == tables else f" ({reached} of {tables})")
 
 
 def _learned_and_kept(own: Mapping[str, Any] | None) -> str:

@@ -8,6 +8,7 @@ import pytest
 from nslora_dist.study.analysis import analyse
 from nslora_dist.study.cells import Cell, cells_of
 from nslora_dist.study.coverage import coverage, coverage_table
+from nslora_dist.study.elsewhere import on_other_tables
 from nslora_dist.study.fresh import on_fresh_seeds, to_confirm
 from nslora_dist.study.settings import over_same_seeds, planned_settings, setting_of
 from nslora_dist.study.spec import load_study
@@ -226,3 +227,45 @@ def test_what_was_run_is_counted_by_grid_task_and_seed() -> None:
     assert rows[0] == "| grid | base | difference | minimum | new facts |"
     assert "| mixing | 1m |  |  | 15 × 3 |" in rows
     assert next(row for row in rows if row.startswith("| rank | 1m |")) == "| rank | 1m |  | – | 3 + 3 + 3 of 15 × 3 |"
+
+
+def of_tables(scores: dict[tuple[str, str], dict[float, tuple[float, float]]]) -> dict[tuple[str, str], list[Any]]:
+    """Lines of an arm by size and task: learning rate → what one seed learned and kept."""
+    cell = cells_of(load_study("frontier"))[0]
+    return {
+        table: [cell_line(cell, *own) | {"learning_rate": rate, "weight_decay": 0.0} for rate, own in of_rate.items()]
+        for table, of_rate in scores.items()
+    }
+
+
+def test_a_table_has_no_say_in_the_setting_that_it_is_judged_by() -> None:
+    """The small base wants the high rate, the large one the low rate: each is judged by what the others want."""
+    high, low = (0.9, 1.0), (1.0, 0.8)
+    small = {1e-2: high, 1e-3: low}
+    large = {1e-2: (0.5, 0.1), 1e-3: (1.0, 0.95)}
+    lines = of_tables({("1m", "sum"): small, ("1m", "facts"): small, ("5m", "sum"): large})
+    best = {("1m", "sum"): 1.0, ("1m", "facts"): 1.0, ("5m", "sum"): 1.0}
+    found = on_other_tables(lines, best, share=0.9)
+    assert found["settings"] == 2
+
+    def rates(way: str) -> dict[tuple[str, str], float]:
+        return {(entry["size"], entry["task"]): entry["learning_rate"] for entry in found[way]["chosen"]}
+
+    # By the mean of both others: 1e-2 learns (.9 + .5) / 2 there, too little.
+    assert rates("table") == {("1m", "sum"): 1e-3, ("1m", "facts"): 1e-3, ("5m", "sum"): 1e-2}
+    assert rates("base") == rates("table") and rates("task")["5m", "sum"] == 1e-2
+    own = found["base"]
+    assert (own["learned"], own["learned_least"]) == (pytest.approx(2.5 / 3), 0.5)
+    assert (own["kept"], own["kept_least"]) == (pytest.approx((0.8 + 0.8 + 0.1) / 3), 0.1)
+    assert own["reached"] == 3 and on_other_tables(lines, best, share=0.95)["base"]["reached"] == 3
+    assert on_other_tables(lines, best, share=1.1)["table"]["reached"] == 0, "then what learns most is taken"
+
+
+def test_a_setting_that_one_table_lacks_is_no_choice() -> None:
+    both = {1e-2: (1.0, 1.0), 1e-3: (1.0, 0.8)}
+    lines = of_tables({("1m", "sum"): both, ("5m", "sum"): {1e-3: (0.5, 0.7)}})
+    found = on_other_tables(lines, {("1m", "sum"): 1.0, ("5m", "sum"): 0.5}, share=0.95)
+    assert found["settings"] == 1 and "task" not in found, "no other task is left"
+    assert [(entry["learned"], entry["kept"]) for entry in found["table"]["chosen"]] == [(1.0, 0.8), (1.0, 0.7)]
+    apart = of_tables({("1m", "sum"): {1e-2: (1.0, 1.0)}, ("5m", "sum"): {1e-3: (1.0, 1.0)}})
+    assert on_other_tables(apart, dict.fromkeys(apart, 1.0), share=0.95) == {"settings": 0}
