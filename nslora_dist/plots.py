@@ -13,8 +13,8 @@ if TYPE_CHECKING:  # matplotlib takes a second to import, and most ranks never d
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000", "#882255")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,

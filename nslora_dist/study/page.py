@@ -66,6 +66,7 @@ def text_of_page(template: Path, figures: Figures) -> str:
 
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
     environment.filters |= {"n": number, "n2": lambda value: number(value, 2), "percent": lambda value: f"{value:.0%}"}
+    environment.filters["percent1"] = lambda value: f"{value:.1%}"
     environment.filters["rate"] = rate
     try:
         asked = environment.from_string(template.read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ import numpy as np
 from nslora_dist.plots import COLORS, MARKERS, STYLE
 from nslora_dist.study.analysis import arms_of, of_calibration, of_first_calibration, of_methods, plot_of, whole_arms
 from nslora_dist.study.points import forgetting, grouped, relative_retention
+from nslora_dist.study.prediction import exercising
 from nslora_dist.study.settings import Line, over_same_seeds, planned_settings, setting_of
 from nslora_dist.study.spec import Study
 from nslora_dist.study.statistics import frontier
@@ -32,7 +33,9 @@ def draw_study(folder: Path, lines: Sequence[Line], study: Study, found: Mapping
     for old in folder.glob("*.png"):
         old.unlink()
     present = {line["arm"] for line in lines}
-    looks = {arm: number for number, arm in enumerate(arm for arm in study.arms if arm in present)}
+    compared = [arm for arm in found["compared"] if arm in present]  # each has a colour of its own
+    others = [arm for arm in study.arms if arm in present and arm not in compared]
+    looks = {arm: number for number, arm in enumerate([*compared, *others])}
     drawn = []
     methods = of_methods(lines, study)
     shown = of_first_calibration(found["settings"])
@@ -66,7 +69,7 @@ def draw_study(folder: Path, lines: Sequence[Line], study: Study, found: Mapping
         drawn.append(folder / plot_of(curve))
         _save(drawn[-1], partial(_curve, curve=curve), width=8.0)
     path = folder / "prediction.png"
-    _save(path, partial(_prediction, lines=lines, looks=looks), width=12.0)
+    _save(path, partial(_prediction, lines=exercising(lines), looks=looks, kin=_kin(study, compared)), width=12.0)
     probes = folder / "probes.png"
     _save(probes, partial(_probes, lines=lines), width=8.0)
     return [*drawn, path, probes]
@@ -84,6 +87,17 @@ def _save(path: Path, draw: "Callable[[Figure], None]", *, width: float, height:
         figure.savefig(path)
 
 
+def _kin(study: Study, compared: Sequence[str]) -> dict[str, str]:
+    """Arm → the compared arm of its method, of which it has another rank or a budget; itself where there is none."""
+
+    def method(arm: str) -> tuple[Any, ...]:
+        own = study.arms[arm]
+        return own.peer, own.section.method, own.section.form, own.section.a_is_frozen
+
+    of_method = {method(arm): arm for arm in reversed(compared)}
+    return {arm: of_method.get(method(arm), arm) for arm in study.arms}
+
+
 def _look(number: int) -> dict[str, Any]:
     # Colours run out before arms do: then the marker, and the line, tell them apart.
     turn = number // len(COLORS)
@@ -91,6 +105,7 @@ def _look(number: int) -> dict[str, Any]:
         "color": COLORS[number % len(COLORS)],
         "marker": MARKERS[(number + 3 * turn) % len(MARKERS)],
         "linestyle": ("-", "--", ":")[turn % 3],
+        "zorder": 4.0 - number / 100,  # the first lie on top
     }
 
 
@@ -139,8 +154,8 @@ def _frontier(axes: "Axes", lines: Sequence[Line], *, start: float, look: Mappin
     settings = grouped(lines, setting_of).values()
     a = [float(np.mean([x["adaptation"] for x in own])) for own in settings]
     r = [float(np.mean([relative_retention(x) for x in own])) for own in settings]
-    axes.plot(a, r, linestyle="none", marker=look["marker"], color=look["color"], markersize=5, label=label)
-    axes.plot(FINE, most_kept(a, r, start), color=look["color"], linestyle=look["linestyle"], linewidth=1.3)
+    axes.plot(a, r, **{**look, "linestyle": "none"}, markersize=5, label=label)
+    axes.plot(FINE, most_kept(a, r, start), **{**look, "marker": ""}, linewidth=1.3)
 
 
 def _frontiers(figure: "Figure", lines: Sequence[Line], looks: Mapping[str, int], title: str) -> None:
@@ -149,7 +164,8 @@ def _frontiers(figure: "Figure", lines: Sequence[Line], looks: Mapping[str, int]
         start = float(here[0]["base"]["adaptation"])
         for arm, own in sorted(grouped(here, lambda line: line["arm"]).items()):
             _frontier(axes, over_same_seeds(own), start=start, look=_look(looks[arm]), label=arm)
-        axes.set(xlabel="adaptation (task accuracy)", title=f"weight decay {decay:g}", xlim=(-0.02, 1.02))
+        axes.set(title=f"weight decay {decay:g}", xlim=(-0.02, 1.02))
+    figure.supxlabel("adaptation (task accuracy)", fontsize=10)
     figure.axes[0].set(ylabel="retention, of the base's", ylim=(-0.02, 1.04))
     _legend(figure)
     figure.suptitle(title)
@@ -169,7 +185,8 @@ def _rates(figure: "Figure", lines: Sequence[Line], looks: Mapping[str, int], ti
                 axes.plot([], [], linestyle="-", color=look["color"], marker=look["marker"], label=label)
                 low, high = [min(of) for of in found], [max(of) for of in found]
                 axes.fill_between(list(rates), low, high, color=look["color"], alpha=0.1, linewidth=0)
-        axes.set(xscale="log", xlabel="learning rate", title=f"weight decay {decay:g}")
+        axes.set(xscale="log", title=f"weight decay {decay:g}")
+    figure.supxlabel("learning rate", fontsize=10)
     figure.axes[0].set(ylabel="retention (solid), adaptation (dotted)", ylim=(-0.02, 1.04))
     _legend(figure)
     figure.suptitle(title)
@@ -206,7 +223,7 @@ def _curve(figure: "Figure", curve: Mapping[str, Any]) -> None:
         look = _look(number)
         for score, style in (("retention", "-"), ("adaptation", ":")):
             mean = np.array([point[score] for point in own])
-            spread = np.array([point[f"{score}_spread"] for point in own])
+            spread = np.array([point[f"{score}_spread"] or 0.0 for point in own])
             label = f"learning rate {rate:g}" if score == "retention" else None
             axes.plot(at, mean, linestyle=style, color=look["color"], marker=look["marker"], markersize=4, label=label)
             axes.fill_between(at, mean - spread, mean + spread, color=look["color"], alpha=0.12, linewidth=0)
@@ -216,11 +233,12 @@ def _curve(figure: "Figure", curve: Mapping[str, Any]) -> None:
     _legend(figure)
 
 
-def _prediction(figure: "Figure", lines: Sequence[Line], looks: Mapping[str, int]) -> None:
+def _prediction(figure: "Figure", lines: Sequence[Line], looks: Mapping[str, int], kin: Mapping[str, str]) -> None:
+    """The cells of ``predict``'s first table; other ranks and budgets of a method look as the method does."""
     panels = figure.subplots(1, 2, sharey=True)
     kinds = {"rms": "interference, rms over modules", "kl": "divergence of the output, nats a token"}
     for axes, (kind, label) in zip(panels, kinds.items(), strict=True):
-        for arm, own in sorted(grouped(lines, lambda line: line["arm"]).items()):
+        for arm, own in sorted(grouped(lines, lambda line: kin[line["arm"]]).items()):
             x = [max(LOWEST, float(line["interference"]["calibration"][kind])) for line in own]
             look = _look(looks[arm]) | {"linestyle": "none"}
             axes.plot(x, [forgetting(line) for line in own], **look, markersize=4, alpha=0.7, label=arm)

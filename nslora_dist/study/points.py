@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from nslora_dist.study.settings import Line
+from nslora_dist.study.statistics import Array
 
 T = TypeVar("T")
 
@@ -55,8 +56,8 @@ def points(lines: Sequence[Line]) -> list[dict[str, Any]]:
                 "seeds": len(own),
                 "adaptation": float(task.mean()),
                 "retention": float(kept.mean()),
-                "adaptation_spread": float(task.std()),
-                "retention_spread": float(kept.std()),
+                "adaptation_spread": _spread(task),
+                "retention_spread": _spread(kept),
                 "interference": float(np.mean([line["interference"]["calibration"]["rms"] for line in own])),
                 "retention_by": {
                     piece: float(np.mean([line["retention_by"][piece] for line in own]))
@@ -66,6 +67,11 @@ def points(lines: Sequence[Line]) -> list[dict[str, Any]]:
             }
         )
     return sorted(found, key=lambda point: float(point["learning_rate"]))
+
+
+def _spread(values: Array) -> float | None:
+    """The sample's standard deviation; one seed has none."""
+    return float(values.std(ddof=1)) if len(values) > 1 else None
 
 
 def chosen_of(points: Sequence[Mapping[str, Any]], *, target: float) -> Mapping[str, Any] | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from nslora_dist.study.elsewhere import LEFT_OUT
 from nslora_dist.study.points import forgetting, grouped
 from nslora_dist.study.settings import Line
 from nslora_dist.study.spec import AGGREGATES, FEW, PIECES, Study, StudyArm
@@ -27,11 +28,10 @@ def predict(lines: Sequence[Line], study: Study, *, draws: int) -> dict[str, Any
         ``cells`` whose texts exercise every piece that is asked, with as many sequences as most have. Of these
         ``aggregates`` (each with its correlation across and within arms, and the value it is safe below), ``settings``
         (``rms`` and ``kl``, a size and task at a time) and ``few`` (``rms``, by sequences a source). Of all cells:
-        ``probes``, each with its own piece, and ``calibrations``, where the texts may be about something else than
-        what is asked.
+        ``probes``, each with its own piece, ``limit``, the divergence on the probes below which nothing is lost, and
+        ``calibrations``, where the texts may be about something else than what is asked.
     """
-    covering = [line for line in lines if set(line["covered"]) == set(PIECES)]
-    whole = max(grouped(covering, lambda line: line["sequences"]).values(), key=len, default=[])
+    whole = exercising(lines)
     by_setting = grouped(whole, lambda line: f"{line['size']}, {line['task']}")
     apart = {name for name, arm in study.arms.items() if in_null_space(arm)}
 
@@ -47,8 +47,15 @@ def predict(lines: Sequence[Line], study: Study, *, draws: int) -> dict[str, Any
         },
         "few": _few(whole, apart, draws=draws),
         "probes": _probes(lines, draws=draws),
+        "limit": _limit(lines),
         "calibrations": _calibrations(lines, draws=draws),
     }
+
+
+def exercising(lines: Sequence[Line]) -> list[Line]:
+    """Those whose texts exercise every piece that is asked, with as many sequences a source as most of them have."""
+    covering = [line for line in lines if set(line["covered"]) == set(PIECES)]
+    return max(grouped(covering, lambda line: line["sequences"]).values(), key=len, default=[])
 
 
 def in_null_space(arm: StudyArm) -> bool:
@@ -122,6 +129,41 @@ def _aggregate(
         },
         "safe_below_in_null_space": over(kept, safe(ALLOWED[-1])),
         "safe_below_others": over(~kept, safe(ALLOWED[-1])),
+    }
+
+
+def _limit(lines: Sequence[Line]) -> dict[str, Any]:
+    """The least divergence, on the probe where it is largest, at which a cell lost more than ``LOST``.
+
+    None below it did, by its definition. What such a limit is worth where it was not set: on each base and task the
+    cells below the limit of the others.
+
+    Returns:
+        ``below`` it, in nats a token, are these ``cells``; ``harmless``, how many lost no more than ``LOST`` at any
+        divergence; ``elsewhere``, by what has no say in a table's limit: the ``cells`` below it, how many of them
+        ``lost`` more, and the ``most`` that one did.
+    """
+    x = np.array([max(float(probe["kl"]) for probe in line["interference"]["probes"].values()) for line in lines])
+    y = np.array([forgetting(line) for line in lines])
+    tables = [(str(line["size"]), str(line["task"])) for line in lines]
+
+    def limit(chosen: Any) -> float:
+        return float(np.min(x[chosen & (y > LOST)], initial=np.inf))
+
+    elsewhere = {}
+    for way, is_out in LEFT_OUT.items():
+        lost: list[float] = []
+        for own in dict.fromkeys(tables):
+            here = np.array([table == own for table in tables])
+            out = np.array([is_out(own, table) for table in tables])
+            lost += (y[here & (x < limit(~out))]).tolist() if not out.all() else []
+        elsewhere[way] = {"cells": len(lost), "lost": sum(v > LOST for v in lost), "most": max(lost, default=None)}
+    value = limit(np.ones(len(lines), dtype=bool))
+    return {
+        "below": asdict(Interval(value if value < np.inf else None, None, None)),
+        "cells": int((x < value).sum()),
+        "harmless": int((y <= LOST).sum()),
+        "elsewhere": elsewhere,
     }
 
 

@@ -33,9 +33,20 @@ def prediction_text(found: Mapping[str, Any]) -> list[str]:
         for piece, own in found["probes"]["by_piece"].items()
     ]
     rows.append(["all together", interval(found["probes"]["all"]), interval(found["probes"]["all_kl"]), NONE])
+    limit = found["limit"]
     header = ["piece", "interference", "divergence", f"interference safe below: {ALLOWED[-1]:.0%}"]
     parts += ["Probe by probe, over all cells, each with what is lost of its own piece:", markdown_table(header, rows)]
-    return parts
+    rows = [
+        [f"other {way}s", str(own["cells"]), str(own["lost"]), score(own["most"])]
+        for way, own in limit["elsewhere"].items()
+    ]
+    return [
+        *parts,
+        f"No cell whose divergence stays below {small(limit['below'])} nats a token on every probe lost more "
+        f"than {LOST:.0%}: {limit['cells']} cells, of {limit['harmless']} that lost no more. With the limit that other "
+        "cells set, so that none that is judged had a say in it:",
+        markdown_table(["limit set on", "cells below it", f"lost more than {LOST:.0%}", "at most"], rows),
+    ]
 
 
 CORRELATION = ("across", "others", "within", "safe below: none", f"{ALLOWED[-1]:.0%}", "in a null space", "others'")

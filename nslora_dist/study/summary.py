@@ -76,11 +76,14 @@ HOW = (
     "learning rate and a weight decay; an arm's are compared over the same seeds. In brackets: 95% intervals over "
     "seeds (Student's, by the jackknife, the setting chosen anew), none with one seed; (67%): of the seeds that may be "
     "left out, how many leave a setting that reaches the target. *lr*, *wd*: of the setting chosen for 95%, and at it "
-    "*spread*, the standard deviation over seeds of adaptation / retention, and *interference*, the root mean square "
-    "over modules on the calibration texts. *Band*: decades of learning rate in which at least 95% of the best "
+    "*spread*, the sample's standard deviation over seeds of adaptation / retention, and *interference*, the root mean "
+    "square over modules on the calibration texts. *Band*: decades of learning rate in which at least 95% of the best "
     f"adaptation is reached and {KEEPS:.0%} of the knowledge kept; ≥ where it goes on at the end of the rates that "
-    "were run. *s*, *cpu s*: of a cell, by the clock and of the processor. Methods of this repository are set in bold; "
-    "rows are in the order of their area."
+    "were run. *s*, *cpu s*: of a cell, by the clock and of the processor: training, evaluation and what is measured, "
+    "without what it starts from (calibration, null spaces, PiSSA's and CorDA's decompositions, EVA's pass), which "
+    "cells share. In the plots a dot is a setting, the mean over seeds; a line is the frontier of these; the shade is "
+    "the range of the seeds' own frontiers, which is no confidence interval. Methods of this repository are set in "
+    "bold; rows are in the order of their area."
 )
 
 
@@ -269,6 +272,11 @@ def _sweep(sweep: Mapping[str, Any], plots: Sequence[Path]) -> list[str]:
     return parts + [f"![{title}]({path})" for path in plots if path.name == plot_of(sweep)]
 
 
+def _with_spread(point: Mapping[str, Any], name: str) -> str:
+    spread = point[f"{name}_spread"]
+    return score(point[name]) + ("" if spread is None else f" ± {score(spread)}")
+
+
 def _curve(curve: Mapping[str, Any], plots: Sequence[Path]) -> list[str]:
     """A grid that runs along something else than the method."""
     title = f"{curve['grid']}: along {curve['along']}, {curve['size']}, {curve['task']}"
@@ -278,8 +286,7 @@ def _curve(curve: Mapping[str, Any], plots: Sequence[Path]) -> list[str]:
             "none" if point["value"] is None else f"{point['value']}",
             f"{point['learning_rate']:g}",
             str(point["seeds"]),
-            f"{score(point['adaptation'])} ± {score(point['adaptation_spread'])}",
-            f"{score(point['retention'])} ± {score(point['retention_spread'])}",
+            *(_with_spread(point, name) for name in ("adaptation", "retention")),
             f"{point['interference']:.4f}",
             *(score(point["retention_by"][piece]) for piece in pieces),
         ]

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from nslora_dist.study.plots import _kin, _look
 from nslora_dist.study.prediction import in_null_space, predict
 from nslora_dist.study.spec import AGGREGATES, FEW, PIECES, load_study
 
@@ -74,3 +75,29 @@ def test_a_module_without_an_adapter_disturbs_nothing() -> None:
     found = predict(lora + null, STUDY, draws=2)["aggregates"]
     assert found["rms"]["across"]["value"] == pytest.approx(1.0)
     assert found["max"]["across"]["value"] < 0.9  # the largest module's is what it is
+
+
+def test_a_limit_is_judged_where_it_was_not_set() -> None:
+    """The small base loses from 0.3 on, the large one from 0.1 on: the small base's limit lets two of these pass."""
+    small = [line("lora", "1m", n, interference=0.1 * n, forgotten=0.5 if n >= 3 else 0.0) for n in range(6)]
+    large = [line("lora", "5m", n, interference=0.1 * n, forgotten=0.25 * (n >= 1) * n) for n in range(4)]
+    found = predict([*small, *large], STUDY, draws=2)["limit"]
+    assert (found["below"]["value"], found["cells"], found["harmless"]) == (pytest.approx(0.1), 2, 4)
+    # Of the small base one cell lies below the large one's 0.1, of the large base three below the small one's 0.3.
+    assert found["elsewhere"]["base"] == {"cells": 4, "lost": 2, "most": 0.5} == found["elsewhere"]["table"]
+    assert found["elsewhere"]["task"] == {"cells": 0, "lost": 0, "most": None}, "there is no other task"
+    none = predict(small[:3], STUDY, draws=2)["limit"]
+    assert none["below"]["value"] is None and none["cells"] == 3
+
+
+def test_other_ranks_and_budgets_look_as_their_method() -> None:
+    kin = _kin(STUDY, STUDY.grids["frontier"].arms)
+    assert {arm: kin[arm] for arm in ("delta_r8", "budget_004", "frozen_a_budget_080", "lora_r16", "pissa")} == {
+        "delta_r8": "delta",
+        "budget_004": "delta",
+        "frozen_a_budget_080": "lora_frozen_a",
+        "lora_r16": "lora",
+        "pissa": "pissa",
+    }
+    colours = [_look(number)["color"] for number in range(len(STUDY.grids["frontier"].arms))]
+    assert len(set(colours)) == len(colours), "each compared arm has its own"
