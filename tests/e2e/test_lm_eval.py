@@ -131,6 +131,14 @@ def train(folder: Path) -> None:
     run_training(job(folder, "single", "run"), CPU)
 
 
+def trained_on_ranks(folder: Path, engine: str) -> dict[str, Any]:
+    """A whole run, lm-eval before and after training, on several ranks."""
+    run_training(job(folder, engine, f"run_{engine}"), CPU)
+    dist.barrier()
+    found: dict[str, Any] = json.loads((folder / f"run_{engine}" / "report.json").read_text())
+    return found
+
+
 def evaluated(folder: Path, engine: str) -> dict[str, Any]:
     target = folder / f"{engine}.json"
     recipe = job(folder, engine, "unused")
@@ -244,6 +252,17 @@ def test_every_engine_gives_the_same(world: Path, report: dict[str, Any], engine
     for theirs, ours in [("null_space", "mine"), *([("base", "base")] if "lm_eval" in first["base"] else [])]:
         wanted, found = flat(report["evaluation"][theirs]["lm_eval"]), flat(first[ours]["lm_eval"])
         assert found == pytest.approx(wanted, rel=1e-4), (engine, ours)
+
+
+def test_a_run_on_two_ranks_has_it_before_and_after_training(world: Path, report: dict[str, Any]) -> None:
+    """Its adapter is that of one process but for the order of sums, so that answers may differ a little."""
+    first, second = run_ranks(trained_on_ranks, 2, world, "fsdp2")
+    assert first == second and first["world_size"] == 2
+    wanted, found = (flat(one["evaluation"]["base"]["lm_eval"]) for one in (report, first))
+    assert found == pytest.approx(wanted, rel=1e-4)
+    wanted, found = (flat(one["evaluation"]["null_space"]["lm_eval"]) for one in (report, first))
+    key = "toy_rolling word_perplexity value"
+    assert found.keys() == wanted.keys() and found[key] == pytest.approx(wanted[key], rel=1e-3)
 
 
 def test_a_task_that_fails_ends_every_rank(world: Path) -> None:

@@ -120,6 +120,23 @@ def test_no_shipped_recipe_runs_programs_unasked() -> None:
 
 
 @needs_lm_eval
+def test_every_task_that_a_shipped_recipe_names_is_lm_eval_s() -> None:
+    """Looked up in the text of its files, tasks and groups; also the seven that the paper-scale recipes speak of."""
+    import lm_eval.tasks
+
+    files = [path.read_text(encoding="utf-8") for path in Path(lm_eval.tasks.__file__).parent.rglob("*.yaml")]
+    known = {name for text in files for name in re.findall(r"(?m)^(?:task|group): *[\"']?([\w-]+)", text)}
+    recipes = {path.stem: path.read_text() for path in RECIPES.glob("*.yaml")}
+    asked = {
+        name: set(((yaml.safe_load(text).get("evaluation") or {}).get("lm_eval") or {}).get("tasks", ()))
+        for name, text in recipes.items()
+    }
+    assert {name: tasks - known for name, tasks in asked.items() if tasks - known} == {}
+    spoken = {"triviaqa", "nq_open", "webqs", "gsm8k", "minerva_math", "humaneval", "mbpp"}
+    assert spoken <= known and all(any(task in text for text in recipes.values()) for task in spoken)
+
+
+@needs_lm_eval
 def test_programs_run_where_the_recipe_gives_leave(base: Path, tasks: Path) -> None:
     found = loaded(base, tasks=("toy_code",), include_path=str(tasks), allow_code_execution=True)
     assert list(found.tasks["tasks"]) == ["toy_code"]
