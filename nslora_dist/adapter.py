@@ -1,6 +1,6 @@
 """The adapted linear: a frozen base product plus a low-rank update, in delta and in residual form.
 
-One module serves LoRA-Null and plain LoRA (METHODS.md §1, §1a); Null-LoRA's is in ``null_lora``:
+One module serves LoRA-Null and plain LoRA (docs/methods.md §1, §1a); Null-LoRA's is in ``null_lora``:
 
     delta     y = W x + s · B A x                 B from zero; A frozen in the null space, or trained (plain LoRA)
     residual  y = W x + s · (B A − B₀ A₀) x       LoRA-Null v1 (A trains) and v2 (A frozen), without rewriting W
@@ -21,7 +21,7 @@ from nslora_dist.null_space import interference
 
 @dataclass
 class Observation:
-    """Sums over the tokens seen while adapters are measured instead of applied (METHODS.md §1c, by a forward pass).
+    """Sums over the tokens seen while adapters are measured, not applied (docs/methods.md §1c, by a forward pass).
 
     ``mask`` is the current batch's (b, s) bool of real tokens, None for all. ``update``, ``output`` and ``input`` map a
     module name to Σ‖ΔW x‖², Σ‖W x‖² and Σ‖x‖², float64 scalars on the module's device; ``grams`` to A G Aᵀ, (r, r)
@@ -221,7 +221,7 @@ class AdaptedLinear(Adapter):
 
     @torch.no_grad()
     def _measure_interference(self) -> None:
-        """Interference per source and probe from the gathered B, r × r work a module (METHODS.md §1c).
+        """Interference per source and probe from the gathered B, r × r work a module (docs/methods.md §1c).
 
         A base that puts out nothing but zeros there leaves nothing to measure against, and no number.
         """

@@ -1,6 +1,6 @@
 """The interference budget: after every optimizer step B is scaled back to where it disturbs no more than agreed.
 
-    interference = sqrt(tr(B' C B'ᵀ) / tr(W G Wᵀ)),  B' = s · B     (METHODS.md §1c)
+    interference = sqrt(tr(B' C B'ᵀ) / tr(W G Wᵀ)),  B' = s · B     (docs/methods.md §1c, §1e)
 
 is homogeneous in B, so B times min(1, budget / interference) is on the budget, or was within it. B is never gathered:
 the trace is a sum over rows, and every rank adds those that it keeps.

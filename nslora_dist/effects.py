@@ -49,9 +49,9 @@ def measure(
 ) -> list[Effect]:
     """Runs the base over every text, the adapter measured beside it, and then the adapted model; collective.
 
-    Interference looks at each module by itself and at the base's own activations (METHODS.md §1d). What all updates
-    come to together, each reading what those before it have moved, it cannot see; the divergence can. The base's pass
-    serves both.
+    Interference looks at each module by itself and at the base's own activations (docs/methods.md §1c). What all
+    updates come to together, each reading what those before it have moved, it cannot see; the divergence can.
+    The base's pass serves both.
 
     Args:
         engine: holds the adapter; every kind of it is measured alike.
@@ -133,7 +133,7 @@ def even_batches(batches: list[Batch], *, device: torch.device) -> list[Batch]:
 def mixture(effects: Sequence[Effect]) -> dict[str, Tensor]:
     """Module → the sources' energies, (3,) float64: each source by its weight over the energy of its inputs.
 
-    As its Gram counts in METHODS.md §1d. A source whose inputs are all zero adds nothing.
+    As its Gram counts in docs/methods.md §1d. A source whose inputs are all zero adds nothing.
     """
     mixed: dict[str, Tensor] = {}
     for effect in effects:
@@ -151,7 +151,7 @@ def share(effect: Effect, energies: Tensor) -> Tensor:
 
 
 def interference(effects: Sequence[Effect]) -> dict[str, dict[str, Tensor]]:
-    """Source, probe or ``calibration``, the mixture → module → ‖ΔW X‖_F / ‖W X‖_F, () float64 (METHODS.md §1d).
+    """Source, probe, ``calibration`` (the mixture) → module → ‖ΔW X‖_F/‖W X‖_F, () float64 (docs/methods.md §1c, §1d).
 
     A module whose W X is zero has none, as the output projections of a block that was added to a base: it is left out.
     For adapters whose A trained or whose calibration did not keep A G Aᵀ; the delta form with frozen A knows the same
@@ -176,7 +176,7 @@ def divergence(effects: Sequence[Effect]) -> dict[str, float]:
 def final_interference(
     engine: Engine, data: TrainingData, effects: Sequence[Effect], *, device: torch.device
 ) -> dict[str, dict[str, Tensor]]:
-    """``interference`` of the adapter in the engine: from r × r matrices where A is frozen (METHODS.md §1c).
+    """``interference`` of the adapter in the engine: from r × r matrices where A is frozen (docs/methods.md §1c).
 
     The small Grams are of all tokens that were calibrated on; a forward pass rounds every activation.
     """

@@ -1,4 +1,4 @@
-"""The r smallest eigenpairs of a large Gram matrix, without its full spectrum (METHODS.md §1.2 and §6).
+"""The r smallest eigenpairs of a large Gram matrix, without its full spectrum (docs/methods.md §1.2 and §6).
 
 A Cholesky factor of G + shift·I drives a block Krylov search (inverse iteration that keeps every iterate, each step a
 Rayleigh-Ritz projection in float64), after which a few correction steps clean the result. Four facts shape it:

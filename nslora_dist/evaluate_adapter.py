@@ -40,8 +40,8 @@ def run_evaluation(recipe: Recipe, device: torch.device, *, adapter: Sequence[st
     """Evaluates adapters on the recipe's base, prints one table and writes it as JSON; collective, rank 0 writes.
 
     The base is loaded once, with all adapters beside each other. Accuracy on the recipe's adaptation and retention
-    sets, and interference (METHODS.md §1d) and divergence on its calibration texts by forward passes: what training
-    reports.
+    sets, and interference and divergence on its calibration texts by forward passes (docs/methods.md §1c, §1f): what
+    training reports.
 
     Args:
         recipe: base, engine, evaluation sets and calibration texts; what it says of training is not used.

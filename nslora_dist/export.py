@@ -48,7 +48,7 @@ class Factors:
 
 
 def residual_factors(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> Factors:
-    """ΔW = B A - B₀ A₀ as factors of rank 2r, without rounding: A' = [A; A₀], B' = [B, -B₀] (METHODS.md §1a).
+    """ΔW = B A - B₀ A₀ as factors of rank 2r, without rounding: A' = [A; A₀], B' = [B, -B₀] (docs/methods.md §1a).
 
     The scale stays what it was: ``scale · B' A'`` is the update. Tensors of two dtypes meet in the wider one.
 

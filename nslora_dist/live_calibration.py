@@ -46,7 +46,7 @@ def calibrate(
     method: Literal["fast", "eigh"] = "fast",
     gram_bytes: float = 8e9,
 ) -> NullSpace:
-    """The activation null space of every linear of a live model (METHODS.md §1).
+    """The activation null space of every linear of a live model (docs/methods.md §1).
 
     Collective where a process group runs: every rank brings its own batches, and under ZeRO-3 or FSDP2 as many of them
     as the others. The model is run in evaluation mode and is left as it was. With an adapter in place its base is

@@ -20,7 +20,7 @@ HELD_INPUTS = 8
 
 @dataclass
 class Group:
-    """Linears that read the same tensor, and what is summed over it (METHODS.md §1.1, §1c).
+    """Linears that read the same tensor, and what is summed over it (docs/methods.md §1.1, §1c).
 
     Attributes:
         modules: name in the bare Hugging Face model → the linear.

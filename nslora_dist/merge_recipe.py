@@ -52,7 +52,7 @@ class Inputs(Texts):
 
 
 class NscSection(Section):
-    """Null-space compression (METHODS.md §3); rates and steps default to 3e-4 and 500, for images 1e-3 and 100."""
+    """Null-space compression (docs/methods.md §3); rates and steps default to 3e-4 and 500, for images 1e-3 and 100."""
 
     granularity: Literal["block", "module"] = "block"
     target_fraction: Share = 0.25  # of the blocks, counted from the last

@@ -1,4 +1,4 @@
-"""Null-LoRA: cross-frozen halves, the increment in the null space of the weight (METHODS.md §2; arXiv 2512.15233).
+"""Null-LoRA: cross-frozen halves, the increment in the null space of the weight (docs/methods.md §2; arXiv 2512.15233).
 
     y = W x + s · (B̃ A_f + B_f Ã) x,   B̃ = U Uᵀ B,   Ã = A V Vᵀ
 
@@ -56,7 +56,7 @@ def _onto(rows: Tensor, basis: Tensor) -> Tensor:
 
 
 def confined_factors(a: Tensor, b: Tensor, right: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-    """[A_f; Ã] and [B̃, B_f], whose product is ΔW before the scale (METHODS.md §2.2, §2.3).
+    """[A_f; Ã] and [B̃, B_f], whose product is ΔW before the scale (docs/methods.md §2.2, §2.3).
 
     Args:
         a: (h, d_in) trained.

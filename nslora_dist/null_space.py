@@ -1,4 +1,4 @@
-"""Pure mathematics of the null space: Gram → basis, projected initialisation, leak, interference (METHODS.md §1).
+"""Pure mathematics of the null space: Gram → basis, projected initialisation, leak, interference (docs/methods.md §1).
 
 Everything here is a function of tensors: no process groups, no models, no files. Results do not depend on the device
 of a random generator, and equal input gives equal output on one machine with one number of threads.
@@ -47,7 +47,7 @@ class NullBasis:
 def null_basis(
     gram: Tensor, *, rank: int, method: Literal["eigh", "fast"] = "eigh", tolerance: float = 0.1
 ) -> NullBasis:
-    """Eigenvectors of a Gram matrix for its `rank` smallest eigenvalues (METHODS.md §1.2; LoRA-Null, arXiv 2503.02659).
+    """Eigenvectors for a Gram matrix's `rank` smallest eigenvalues (docs/methods.md §1.2; LoRA-Null, arXiv 2503.02659).
 
     "eigh" decomposes the whole matrix in float64 on the Gram's device, whatever its dtype: the wanted eigenvalues are
     the ones that float32 loses. "fast" finds only the wanted pairs (see `eigensolver`), checks its own result and
@@ -109,7 +109,7 @@ def smallest_pairs(
 
 
 def projected_init(weight: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """A₀ = S^½Qᵀ and B₀ = P S^½ of W U Uᵀ = P S Qᵀ (METHODS.md §1.3; LoRA-Null, arXiv 2503.02659).
+    """A₀ = S^½Qᵀ and B₀ = P S^½ of W U Uᵀ = P S Qᵀ (docs/methods.md §1.3; LoRA-Null, arXiv 2503.02659).
 
     Only the thin W U (d_out × r) is formed and decomposed. The product runs in float32, more than the weights hold and
     with nothing to cancel (float64 for a float64 W); the decomposition in float64, because its cost is negligible and
@@ -155,7 +155,7 @@ def projected_init(weight: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def leak(gram: Tensor, basis: Tensor) -> float:
-    """Share of the activations' energy inside the basis, tr(UᵀGU)/tr(G) (METHODS.md §1c), computed in float64.
+    """Share of the activations' energy inside the basis, tr(UᵀGU)/tr(G) (docs/methods.md §1c), computed in float64.
 
     Not clamped: where the true leak is below the Gram's rounding the result is that rounding, of either sign.
 
@@ -177,7 +177,7 @@ def leak(gram: Tensor, basis: Tensor) -> float:
 
 
 def gram_in_basis(gram: Tensor, basis: Tensor) -> Tensor:
-    """C = Uᵀ G U in float64 (METHODS.md §1c): of a Gram's weakest directions its large ones are to cancel.
+    """C = Uᵀ G U in float64 (docs/methods.md §1c): of a Gram's weakest directions its large ones are to cancel.
 
     Args:
         gram: (d_in, d_in), float32 or float64.
@@ -192,7 +192,7 @@ def gram_in_basis(gram: Tensor, basis: Tensor) -> Tensor:
 
 
 def random_leak(gram: Tensor, *, rank: int, seed: int) -> float:
-    """Leak of a random orthonormal basis: the number to hold a null basis against, about rank / d_in (METHODS.md §1c).
+    """Leak of a random orthonormal basis, to hold a null basis against: about rank / d_in (docs/methods.md §1c).
 
     Args:
         gram: (d_in, d_in), float32 or float64.
@@ -212,7 +212,7 @@ def random_leak(gram: Tensor, *, rank: int, seed: int) -> float:
 
 
 def interference(update_gram: Tensor, b: Tensor, reference: float | Tensor) -> Tensor:
-    """How far an update disturbs calibrated outputs, ‖ΔW X‖_F/‖W X‖_F = sqrt(tr(B C Bᵀ)/reference) (METHODS.md §1c).
+    """How far an update disturbs outputs, ‖ΔW X‖_F/‖W X‖_F = sqrt(tr(B C Bᵀ)/reference) (docs/methods.md §1c).
 
     Stays on the device and never waits for it, so that it can be logged at any step; no gradient is kept.
 
@@ -242,7 +242,7 @@ def interference(update_gram: Tensor, b: Tensor, reference: float | Tensor) -> T
 def mix_grams(
     grams: Sequence[Tensor], *, weights: Sequence[float] | None = None, traces: Sequence[float] | None = None
 ) -> Tensor:
-    """Mixture of named sources, G = Σ_s w_s G_s/tr(G_s) · mean_s tr(G_s) (METHODS.md §1d).
+    """Mixture of named sources, G = Σ_s w_s G_s/tr(G_s) · mean_s tr(G_s) (docs/methods.md §1d).
 
     Each source enters with its energy normalised, so that a long one does not drown a short one; the mean trace
     (unweighted) restores a common scale. Weights are normalised to sum to 1: [1, 1] and [5, 5] mean the same.

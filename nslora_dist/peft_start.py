@@ -1,4 +1,4 @@
-"""The null-space start in a PEFT model that somebody else built, sharded or in 4 bits as it may be (METHODS.md §1a)."""
+"""The null-space start in a PEFT model of somebody else's, sharded or in 4 bits as it may be (docs/methods.md §1a)."""
 
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def init_peft(
 def peft_interference(
     model: nn.Module, null_space_folder: str | Path, *, adapter_name: str = "default"
 ) -> dict[str, dict[str, float]]:
-    """How much a model started by ``init_peft`` disturbs what was calibrated on, at any time (METHODS.md §1c).
+    """How much a model started by ``init_peft`` disturbs what was calibrated on, at any time (docs/methods.md §1c).
 
     Collective where a process group runs.
 

@@ -54,7 +54,7 @@ class Texts(Section):
 
 
 class Source(Texts):
-    """Texts whose activations shape the null space (METHODS.md §1d)."""
+    """Texts whose activations shape the null space (docs/methods.md §1d)."""
 
     weight: Positive = 1.0
 
@@ -183,7 +183,7 @@ class Recipe(Section):
 
     @property
     def writes_update_grams(self) -> bool:
-        """Whether the exported adapter is to carry the r × r Grams that Gram-weighted merging reads (METHODS.md §4)."""
+        """Whether the exported adapter is to carry the r × r Grams for Gram-weighted merging (docs/methods.md §4)."""
         chosen = self.train.update_grams
         return self.adapter.method == "lora_null" if chosen is None else chosen
 

@@ -25,12 +25,12 @@ METHODS_OWN = ("form", "freeze_a", "a_init", "null_dim", "null_threshold", "inte
 class AdapterSection(Section):
     """The low-rank update ΔW = alpha/rank · B A of every target module.
 
-    ``lora_null`` in ``delta`` form trains B from zero on the untouched base with A frozen (METHODS.md §1a);
+    ``lora_null`` in ``delta`` form trains B from zero on the untouched base with A frozen (docs/methods.md §1a);
     in ``residual`` form it is LoRA-Null v1 (``freeze_a: false``) or v2 (``freeze_a: true``) of the paper;
     ``lora`` is plain LoRA, with ``freeze_a: true`` the frozen-random-A baseline;
-    ``null_lora`` freezes one half of A and of B and keeps ΔW in the null space of the weights (METHODS.md §2).
+    ``null_lora`` freezes one half of A and of B and keeps ΔW in the null space of the weights (docs/methods.md §2).
 
-    ``interference_budget`` is the most that ‖ΔW X‖ / ‖W X‖ (METHODS.md §1c) may come to on the mixture of all
+    ``interference_budget`` is the most that ‖ΔW X‖ / ‖W X‖ (docs/methods.md §1c) may come to on the mixture of all
     calibration sources, after every optimizer step: B is scaled back to it. With ``budget_over: module`` every module
     keeps within it; with ``total`` the root mean square over modules does, and all B are scaled by one factor. For a
     frozen A and a B from zero: ``lora_null`` in delta form, and ``lora`` with ``freeze_a: true``.

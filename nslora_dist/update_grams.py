@@ -1,4 +1,4 @@
-"""C = A G Aᵀ of a task's training activations, beside its adapter, for merging without data (METHODS.md §4)."""
+"""C = A G Aᵀ of a task's training activations, beside its adapter, for merging without data (docs/methods.md §4)."""
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -48,7 +48,7 @@ def read_update_grams(folder: Path) -> dict[str, Tensor] | None:
 def collect_update_grams(
     model: nn.Module, batches: Iterable[Batch], run: Callable[[Batch], object], *, device: torch.device
 ) -> dict[str, Tensor]:
-    """Sums C = A G Aᵀ over all ranks' tokens, the adapter at work, by forward passes (METHODS.md §4).
+    """Sums C = A G Aᵀ over all ranks' tokens, the adapter at work, by forward passes (docs/methods.md §4).
 
     A is the one that the adapter's file will hold: in residual form [A; A₀], of rank 2r. A sharded parameter is whole
     where it is read here, in the forward pass of the module that owns it.

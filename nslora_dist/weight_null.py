@@ -1,4 +1,4 @@
-"""Null spaces of a weight matrix W, right and left, exact or near (METHODS.md §2.1; Null-LoRA, arXiv 2512.15233).
+"""Null spaces of a weight matrix W, right and left, exact or near (docs/methods.md §2.1; Null-LoRA, arXiv 2512.15233).
 
 A d_out × d_in matrix with d_in > d_out maps at least d_in − d_out directions to nothing, whatever its values: they are
 its *structural* null space. Every other null direction is a near one, a singular vector whose singular value is small

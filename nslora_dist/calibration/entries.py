@@ -44,7 +44,7 @@ class Entries:
     """
 
     def __init__(self, weights: Mapping[str, float]) -> None:
-        """``weights`` are those of the sources (METHODS.md §1d)."""
+        """``weights`` are those of the sources (docs/methods.md §1d)."""
         self.weights = weights
         self.tensors: dict[str, Tensor] = {}
         self.groups: dict[str, Any] = {}
@@ -131,7 +131,7 @@ class Entries:
         self.tensors |= part.tensors
 
     def _mixed(self, values: Mapping[str, float], energies: Mapping[str, float]) -> float:
-        """A quadratic sum of the mixture from those of its sources, as ``mix_grams`` weighs them (METHODS.md §1d)."""
+        """A quadratic sum of the mixture from its sources', weighed as in ``mix_grams`` (docs/methods.md §1d)."""
         mean, whole = sum(energies.values()) / len(energies), sum(self.weights.values())
         return sum(self.weights[name] / whole * mean / energies[name] * value for name, value in values.items())
 

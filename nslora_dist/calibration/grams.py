@@ -1,4 +1,4 @@
-"""Gram matrices of input groups, summed by forward hooks (METHODS.md §1.1).
+"""Gram matrices of input groups, summed by forward hooks (docs/methods.md §1.1).
 
 Two kinds of sums run over the real tokens of a batch: the full Gram X Xᵀ of a group, and, once a basis U is known, the
 small one Uᵀ X Xᵀ U. Beside either, Σ‖W x‖² of every module is read off its output, so that tr(W G Wᵀ) costs no product

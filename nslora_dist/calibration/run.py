@@ -1,4 +1,4 @@
-"""From texts and checkpoint to the null space, block by block (METHODS.md §1.1 to §1.3, §1c, §1d).
+"""From texts and checkpoint to the null space, block by block (docs/methods.md §1.1 to §1.3, §1c, §1d).
 
 While a block's Grams are solved on their owners, in a thread without collectives, the next block is read and its
 sequences run; only then are the bases sent round and the held-out texts and probes measured in them. Two blocks'

@@ -79,7 +79,7 @@ def solve_group(
     Args:
         grams: source → (d_in, d_in) float32, summed over ranks.
         weights: module name → (d_out, d_in) dense weight; none needed for a_init: orthonormal.
-        source_weights: source → its weight in the recipe (METHODS.md §1d).
+        source_weights: source → its weight in the recipe (docs/methods.md §1d).
         traces: source → tr(G_s) over all ranks.
         adapter: rank, form and a_init.
         section: solver and seed.

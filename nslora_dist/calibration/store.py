@@ -6,7 +6,7 @@ Tensors, all float32:
     <group>.eigenvalues         (r,)       of the mixed Gram
     <group>.spectrum            (d_in,)    all eigenvalues, where d_in is small enough to afford them
     <group>.update_gram.<name>  (r, r)     Uᵀ G U per source and probe; C = A G Aᵀ = M (Uᵀ G U) Mᵀ
-    <module>.mix                (r, r)     M with A₀ = M Uᵀ: S^½ Rᵀ of METHODS.md §1.3, absent for a_init: orthonormal
+    <module>.mix                (r, r)     M with A₀ = M Uᵀ: S^½ Rᵀ of docs/methods.md §1b, absent for orthonormal A₀
     <module>.start_B            (d_out, r) B₀ = P S^½, in residual form alone
 
 Keeping M instead of A₀ costs r × r a module where A₀ would cost r × d_in.

@@ -1,4 +1,4 @@
-"""The null spaces of the weights themselves, decomposed block by block (METHODS.md §2.1), and the same on disk.
+"""The null spaces of the weights themselves, decomposed block by block (docs/methods.md §2.1), and the same on disk.
 
 All ranks read a block together, each its share of the rows, and exchange them, as the calibration pass does; then each
 decomposes the weights that it owns and frees the block, and what it found goes to rank 0. A 4-bit base is decomposed

@@ -1,1 +1,1 @@
-"""Several LoRA adapters of one base into one: factors in, factors out, no dense ΔW (METHODS.md §3, §4)."""
+"""Several LoRA adapters of one base into one: factors in, factors out, no dense ΔW (docs/methods.md §3, §4)."""

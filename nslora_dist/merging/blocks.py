@@ -18,7 +18,7 @@ def is_in_block(module: str) -> bool:
 
 
 def target_blocks(modules: Iterable[str], fraction: float) -> set[str]:
-    """The last blocks of the model that are adapted, this share of them and at least one (METHODS.md §3.3).
+    """The last blocks of the model that are adapted, this share of them and at least one (docs/methods.md §3.3).
 
     Args:
         modules: names in the model's order.

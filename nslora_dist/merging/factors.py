@@ -1,4 +1,4 @@
-"""Sums of low-rank updates and their compression, without ever forming d_out × d_in (METHODS.md §4)."""
+"""Sums of low-rank updates and their compression, without ever forming d_out × d_in (docs/methods.md §4)."""
 
 from collections.abc import Sequence
 
@@ -29,7 +29,7 @@ def concatenate(pairs: Sequence[Factors], coefficients: Sequence[float]) -> Fact
 
 
 def add(pairs: Sequence[Factors], coefficients: Sequence[float]) -> Factors:
-    """Σ λ_k B_k A_k, exact, at the smallest rank that needs no rounding: equal A's are kept once (METHODS.md §4).
+    """Σ λ_k B_k A_k, exact, at the smallest rank that needs no rounding: equal A's are kept once (docs/methods.md §4).
 
     Where all share A the rank stays r and B = Σ λ_k B_k; where none do, this is ``concatenate``.
 

@@ -1,4 +1,4 @@
-"""Gram-weighted merging: the regression mean in the coordinates of the low-rank factors (METHODS.md §4).
+"""Gram-weighted merging: the regression mean in the coordinates of the low-rank factors (docs/methods.md §4).
 
 Task k's own training activations X_k are known only through C_k = A_k G_k A_kᵀ, G_k = X_k X_kᵀ. Wanted is the ΔW with
 the least Σ_k w_k ‖(ΔW − B_k A_k) X_k‖².

@@ -1,4 +1,4 @@
-"""Every method but the search for λ: factors of all tasks in, one update a module out (METHODS.md §4)."""
+"""Every method but the search for λ: factors of all tasks in, one update a module out (docs/methods.md §4)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

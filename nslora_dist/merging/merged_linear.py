@@ -1,4 +1,4 @@
-"""The merged linear of null-space compression: W x + Σ_k λ_k B_k A_k x with every factor kept (METHODS.md §3.2)."""
+"""The merged linear of null-space compression: W x + Σ_k λ_k B_k A_k x, every factor kept (docs/methods.md §3.2)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

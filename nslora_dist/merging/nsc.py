@@ -1,4 +1,4 @@
-"""Null-space compression: λ by gradient descent on the null-space ratio of a few unlabelled inputs (METHODS.md §3)."""
+"""Null-space compression: λ by gradient descent on the null-space ratio of unlabelled inputs (docs/methods.md §3)."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,7 +48,7 @@ class NscResult:
     target_blocks: list[str]
 
     def flat(self, *, shared: bool) -> str | None:
-        """Why the signal is flat, in words that name the alternative; None where it is not (METHODS.md §3, limit)."""
+        """Why the signal is flat, naming the alternative; None where it is not (docs/methods.md §3, limit)."""
         told = [abs(value) for value in self.contrast.values() if value is not None]
         if shared:
             why = "the adapters share A, so every ω is the same whichever adapter it is taken for"

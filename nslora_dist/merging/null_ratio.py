@@ -1,4 +1,4 @@
-"""The null-space ratio ω of an activation under an adapter's A, and its derivative (METHODS.md §3.1)."""
+"""The null-space ratio ω of an activation under an adapter's A, and its derivative (docs/methods.md §3.1)."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def whitening(lora_a: Tensor) -> Tensor:
 
 
 def null_ratio(x: Tensor, z: Tensor, white: Tensor) -> Tensor:
-    """ω = ‖Proj_null(A) x‖ / ‖x‖ = sqrt(1 − ‖L⁻¹ A x‖² / ‖x‖²), METHODS.md §3.1.
+    """ω = ‖Proj_null(A) x‖ / ‖x‖ = sqrt(1 − ‖L⁻¹ A x‖² / ‖x‖²), docs/methods.md §3.1.
 
     Kept for backward: x itself, not a copy, and tensors of z's size.
 

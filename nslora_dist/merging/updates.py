@@ -58,7 +58,7 @@ class LowRankUpdate:
 
 @dataclass(frozen=True)
 class SparseUpdate:
-    """TIES or DARE-TIES of one module (METHODS.md §4; TIES arXiv 2306.01708, DARE arXiv 2311.03099).
+    """TIES or DARE-TIES of one module (docs/methods.md §4; TIES arXiv 2306.01708, DARE arXiv 2311.03099).
 
     Every task's ΔW_k is thinned out: ``ties`` keeps its ``density`` share of the largest entries, ``dare_ties`` keeps
     each with that probability and divides it by it. Entry by entry the sign with the larger Σ λ_k ΔW_k is elected, and

@@ -1,4 +1,4 @@
-"""The adapter's interference on calibration texts and probes, and what it is summed up to (METHODS.md §1c, §1d)."""
+"""The adapter's interference on calibration texts and probes, and its summaries (docs/methods.md §1c, §1d)."""
 
 import re
 from collections.abc import Mapping, Sequence

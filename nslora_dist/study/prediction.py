@@ -1,4 +1,4 @@
-"""How interference, measured before any evaluation, goes with forgetting (METHODS.md §1c, §1d)."""
+"""How interference, measured before any evaluation, goes with forgetting (docs/methods.md §1c, §1d)."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""The null space does not depend on ranks, padding or placement, and is what METHODS.md says it is."""
+"""The null space does not depend on ranks, padding or placement, and is what docs/methods.md says it is."""
 
 import random
 import re
@@ -156,7 +156,7 @@ def test_probes_do_not_shape_the_basis(found: Any) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_against_the_formulas(world: Path, found: Any, references: Any, size: int) -> None:
-    """METHODS.md §1, dense and in float64: W U Uᵀ is formed and decomposed whole, as the code never does."""
+    """docs/methods.md §1, dense and in float64: W U Uᵀ is formed and decomposed whole, as the code never does."""
     case = found[size][0]["main"]
     dense = weights(world / "llama", list(case.manifest["modules"]))
     for group, reference in references["main"].items():

@@ -1,4 +1,4 @@
-"""Null spaces of weights on two ranks: dealt out or on rank 0, kept on disk and used again (METHODS.md §2.1)."""
+"""Null spaces of weights on two ranks: dealt out or on rank 0, kept on disk and used again (docs/methods.md §2.1)."""
 
 import json
 import re

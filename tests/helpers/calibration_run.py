@@ -1,4 +1,4 @@
-"""Calibration runs on a group of ranks, and a float64 reference written from METHODS.md with dense matrices alone."""
+"""Calibration runs on a group of ranks, and a dense float64 reference written from docs/methods.md alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -183,7 +183,7 @@ class Reference:
 def reference_grams(
     base: Path, texts: Sequence[CalibrationTexts], groups: dict[str, list[str]]
 ) -> dict[str, Reference]:
-    """Group → its Grams, G = X Xᵀ, mixed as METHODS.md §1d says: G = Σ w_s G_s / tr(G_s) · mean tr, Σ w_s = 1."""
+    """Group → its Grams, G = X Xᵀ, mixed as docs/methods.md §1d says: G = Σ w_s G_s / tr(G_s) · mean tr, Σ w_s = 1."""
     heads = [modules[0] for modules in groups.values()]
     made = {}
     seen = {t.name: activations(base, t.calibration, heads) for t in texts}

@@ -45,7 +45,7 @@ def test_training_is_not_trivial(found: Results) -> None:
 
 @pytest.mark.parametrize("engine", ["single", *SHARDED])
 def test_v2_is_the_delta_form(found: Results, engine: str) -> None:
-    """METHODS.md §1a: the same function and the same gradient, at alpha 12 and rank 8.
+    """docs/methods.md §1a: the same function and the same gradient, at alpha 12 and rank 8.
 
     The delta case recomputes activations in the backward pass, the residual one keeps them: that too changes nothing.
     """

@@ -1,4 +1,4 @@
-"""The interference from r × r matrices is ‖ΔW X‖ / ‖W X‖ on the base's activations (METHODS.md §1c, §1d)."""
+"""The interference from r × r matrices is ‖ΔW X‖ / ‖W X‖ on the base's activations (docs/methods.md §1c, §1d)."""
 
 import copy
 from pathlib import Path
@@ -34,7 +34,7 @@ def _key(base: str, section: dict[str, Any]) -> tuple[str, str, str]:
 def direct(found: Found, base: nn.Module) -> tuple[Ratios, Ratios]:
     """name → module → ‖ΔW X‖ / ‖W X‖, every sequence alone and unpadded, ΔW and W dense, all in float64.
 
-    In the mixture a source counts by its weight over its inputs' energy, as its Gram does in METHODS.md §1d.
+    In the mixture a source counts by its weight over its inputs' energy, as its Gram does in docs/methods.md §1d.
 
     Returns:
         The ratios, and ‖ΔW‖ ‖X‖ / ‖W X‖, what they could be at most.

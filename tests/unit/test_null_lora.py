@@ -1,4 +1,4 @@
-"""The Null-LoRA module: zero at the start, in the null space of its weight at every step (METHODS.md §2)."""
+"""The Null-LoRA module: zero at the start, in the null space of its weight at every step (docs/methods.md §2)."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The null-space mathematics against float64 references written from METHODS.md §1, not from the module."""
+"""The null-space mathematics against float64 references written from docs/methods.md §1, not from the module."""
 
 import functools
 import math
@@ -351,7 +351,7 @@ class TestLeak:
 class TestInterference:
     @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
     def test_is_the_relative_disturbance_of_the_outputs(self, dtype: torch.dtype, tolerance: float) -> None:
-        weight, tokens = normal(9, 12, seed=18), normal(12, 40, seed=19)  # tokens as columns, as in METHODS.md
+        weight, tokens = normal(9, 12, seed=18), normal(12, 40, seed=19)  # tokens as columns, as in docs/methods.md
         a, b = normal(4, 12, seed=20), normal(9, 4, seed=21)
         gram = tokens @ tokens.mT
         expected = float((b @ a @ tokens).norm() / (weight @ tokens).norm())

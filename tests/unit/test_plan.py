@@ -93,7 +93,7 @@ def test_grams_of_a_70b_block(large: tuple[Recipe, Shapes]) -> None:
     _, shapes = large
     assert [group.width for group in shapes.groups] == [8192, 8192, 8192, 28672]
     block = sum(4 * group.width**2 for group in shapes.groups)
-    assert round(block / 1e9, 1) == 4.1  # METHODS.md §6
+    assert round(block / 1e9, 1) == 4.1  # docs/methods.md §6
     assert round(80 * block / 1e9) in (327, 328)
 
 

@@ -1,4 +1,4 @@
-"""Null spaces of weights against float64 singular value decompositions (METHODS.md §2.1)."""
+"""Null spaces of weights against float64 singular value decompositions (docs/methods.md §2.1)."""
 
 import math
 
