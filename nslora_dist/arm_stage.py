@@ -113,7 +113,8 @@ def _train(
     kept = BaseScores(bench.folder, arm=arm.recipe, base=bench.base, evaluation=hashes["evaluation"])
     base = report["evaluation"].get("base") or kept.read()
     if base is None:
-        # Every adapter starts as the base's own function, so the first arm's engine stands for the base.
+        # Every adapter starts as the base's own function, the residual form but for the rounding of two products that
+        # cancel, so the first arm's engine stands for the base.
         with clock.phase("evaluation", "the base"):
             base = evaluate(engine, bench.sets.before_training(), device=device)
             kept.write(base)

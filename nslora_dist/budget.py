@@ -7,7 +7,7 @@ the trace is a sum over rows, and every rank adds those that it keeps.
 
 What counts is B as the optimizer keeps it, float32, summed in float64. A float32 B times a float32 factor is rounded
 once more, by 2⁻²⁴ an element at random: in the tests the sum stays on the budget to 1e-6. In bfloat16 the forward
-pass sees B rounded by up to 2⁻⁹ an element, and so does whoever loads the adapter: the interference of that B is a
+pass sees B rounded by up to 2⁻⁸ an element, and so does whoever loads the adapter: the interference of that B is a
 little more or less than the budget, and is not bound by it.
 """
 

@@ -93,8 +93,8 @@ def test_divergence_is_that_of_the_merged_model(
 ) -> None:
     """Float32: a log-probability is rounded to about 1e-6, which KL, near zero a square, sees as 1e-6 of itself less.
 
-    bfloat16: hidden states are rounded to 2⁻⁹, so a log-probability to about 1e-2, and the divergence of two roundings
-    of one model is about 1e-4; half of a small value is noise then.
+    bfloat16: hidden states are rounded by up to 2⁻⁸, so a log-probability to about 1e-2, and the divergence of two
+    roundings of one model is about 1e-4; half of a small value is noise then.
     """
     result = found[engine][case]
     section = CASES[case].changes["base_model"]
