@@ -14,7 +14,7 @@ from nslora_dist.bad_rows import RowCounts, duplicates_warning
 from nslora_dist.batches import IGNORED, Batch, pad_right
 from nslora_dist.errors import UserError
 from nslora_dist.heads import token_heads
-from nslora_dist.recipe import CalibrationSection, Source, Texts
+from nslora_dist.recipe_data import CalibrationSection, Source, Texts
 from nslora_dist.rows import Rows, from_rank0, load_rows, shuffled
 
 log = logging.getLogger("nslora_dist")

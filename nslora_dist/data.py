@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from nslora_dist.bad_rows import place
 from nslora_dist.batches import IGNORED, Batch, filler, pack, pad_right
 from nslora_dist.errors import UserError
-from nslora_dist.recipe import DataSection, PromptSet, TrainSection
+from nslora_dist.recipe import TrainSection
+from nslora_dist.recipe_data import DataSection, PromptSet
 from nslora_dist.rows import from_rank0, load_rows, load_tokenizer, pad_id, shuffled
 from nslora_dist.samples import Samples, encode
 

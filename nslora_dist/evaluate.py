@@ -13,7 +13,8 @@ from nslora_dist.bad_rows import RowCounts
 from nslora_dist.data import Batch, deal_evaluation, evaluation_samples
 from nslora_dist.engines import Engine
 from nslora_dist.lm_eval_bridge import LmEval
-from nslora_dist.recipe import EvaluationSection, PromptSet
+from nslora_dist.recipe import EvaluationSection
+from nslora_dist.recipe_data import PromptSet
 
 ADAPTATION = "adaptation"
 

@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from nslora_dist.recipe import BaseModelSection, Section, Texts
+from nslora_dist.recipe import BaseModelSection
+from nslora_dist.recipe_data import Texts
 from nslora_dist.recipe_file import load_recipe_as
-from nslora_dist.recipe_types import Count, Name, Positive, Seed, Where
+from nslora_dist.recipe_types import Count, Name, Positive, Section, Seed, Where
 from nslora_dist.redact import redact_all
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -27,65 +28,90 @@ SPARSE = ("ties", "dare_ties")
 
 
 class MergeBase(BaseModelSection):
-    """The base that all adapters belong to.
-
-    ``shard`` spreads a LLaMA-layout base over the ranks (FSDP2); ``task`` says which head the model is loaded with,
-    by default the one that the adapters name.
-    """
+    """The base that all adapters belong to."""
 
     shard: bool = False
+    """Spread a LLaMA-layout base over the ranks (FSDP2)."""
     task: Task | None = None
+    """Which head the model is loaded with; the one that the adapters name where it is left out."""
 
 
 class MergedAdapter(Section):
-    """A PEFT LoRA folder and its coefficient λ: of its ΔW, in gram of its Grams, in nsc where λ starts."""
+    """A PEFT LoRA folder and its coefficient."""
 
     path: Where
+    """The adapter's folder."""
     coefficient: Finite | None = None
+    """λ of its ΔW, in ``gram`` of its Grams, in ``nsc`` where λ starts; all adapters have one or none: 1, in ``nsc``
+    ``nsc.initial``."""
 
 
 class Inputs(Texts):
     """A few unlabelled inputs of one adapter's task: texts, or a safetensors file of ready model inputs."""
 
     samples: Count = 32
+    """Inputs that are used."""
     max_length: Count = 512
+    """Tokens an input at most."""
 
 
 class NscSection(Section):
-    """Null-space compression (docs/methods.md §3); rates and steps default to 3e-4 and 500, for images 1e-3 and 100."""
+    """Null-space compression (docs/methods.md §3)."""
 
     granularity: Literal["block", "module"] = "block"
-    target_fraction: Share = 0.25  # of the blocks, counted from the last
+    """What has a λ of its own for each task."""
+    target_fraction: Share = 0.25
+    """Of the adapted blocks, counted from the last: where ω is lowered."""
     initial: Finite = 0.4
+    """Where every λ starts that no ``coefficient`` is given for."""
     learning_rate: Positive | None = None
+    """AdamW's, on λ; 3e-4, for images 1e-3, where it is left out."""
     steps: Count | None = None
-    batch_size: Count = 4  # inputs a task and step, over all ranks
+    """500, for images 100, where it is left out."""
+    batch_size: Count = 4
+    """Inputs a task and step, over all ranks."""
     activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
     seed: Seed = 0
+    """Of the order of inputs."""
 
 
 class SparseSection(Section):
     """TIES and DARE: the share of each ΔW's entries that stay, by magnitude (ties) or by chance (dare_ties)."""
 
     density: Share = 0.2
+    """Share of the entries that stay."""
     seed: Seed = 0
+    """Of what DARE drops."""
 
 
 class MergeRecipe(Section):
     """One merge, whole."""
 
     name: Name
+    """Of the merge, in its report."""
     base_model: MergeBase | None = None
+    """For ``nsc``, which runs it, and for ``output: model``."""
     adapters: dict[Name, MergedAdapter]
+    """Two or more, by name."""
     method: Method
+    """How they become one (docs/merging.md)."""
     nsc: NscSection | None = None
+    """Of method ``nsc``."""
     sparse: SparseSection | None = None
+    """Of the methods ``ties`` and ``dare_ties``."""
     inputs: dict[str, Inputs] = Field(default_factory=dict)
+    """Of method ``nsc``: a few unlabelled inputs of every adapter's task, by the adapter's name."""
     target_rank: Count | None = None
+    """Rank of the result; for ``svd``, and for ``ties`` and ``dare_ties`` as an adapter."""
     output: Literal["adapter", "model"] = "adapter"
+    """One PEFT adapter, or the base's own shards with the update added."""
     output_dir: Where
+    """The merge's folder, which must not exist yet."""
     allow_mismatch: tuple[Literal["base", "calibration", "target_modules"], ...] = ()
-    timeout_seconds: Annotated[float, Field(ge=1.0)] = 1800.0  # as engine.timeout_seconds of a training
+    """What the adapters may differ in, which is an error otherwise."""
+    timeout_seconds: Annotated[float, Field(ge=1.0)] = 1800.0
+    """As ``engine.timeout_seconds`` of a training."""
 
     @model_validator(mode="before")
     @classmethod

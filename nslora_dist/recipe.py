@@ -4,16 +4,17 @@ Every check that needs no weights lives here, so that a wrong recipe ends before
 ``recipe_file.py`` reads it from YAML.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
 from nslora_dist.explain import explain
 from nslora_dist.recipe_adapter import METHODS_OWN, AdapterSection
+from nslora_dist.recipe_data import CalibrationSection, DataSection, PromptSet
 from nslora_dist.recipe_lm_eval import LmEvalSection
 from nslora_dist.recipe_train import CheckpointSection, EngineSection, TrainSection
-from nslora_dist.recipe_types import MIXTURE, Count, Fraction, Name, Positive, Section, Seed, Where
+from nslora_dist.recipe_types import Count, Name, Section, Where
 from nslora_dist.redact import redact_all
 from nslora_dist.zero_file import read_zero_config
 from nslora_dist.zero_knobs import check_knobs
@@ -30,125 +31,73 @@ VOLATILE = (
 
 
 class BaseModelSection(Section):
-    """Which pre-trained model is adapted, and how its frozen weights are held.
-
-    ``config`` is a folder with the model's ``config.json``, for dry runs and planning without its checkpoint at hand.
-    """
+    """Which pre-trained model is adapted, and how its frozen weights are held."""
 
     path: Where
+    """A local folder with ``config.json`` and safetensors, or a model's name on the hub."""
     revision: str | None = None
+    """Branch, tag or commit on the hub."""
     config: Where | None = None
+    """A folder with the model's ``config.json``, for dry runs and planning without its checkpoint at hand."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the frozen weights and of the forward pass; Grams, masters and moments are float32 whatever it is."""
     quantization: Literal["none", "nf4"] = "none"
+    """``nf4`` holds the blocks' linears in 4 bits (QLoRA), quantised while they are loaded."""
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
-
-
-class Texts(Section):
-    """A named set of plain texts: a hub dataset, or a local JSON, JSONL or Parquet file."""
-
-    path: Where
-    subset: str | None = None
-    split: str = "train"
-    text_field: str = "text"
-    on_bad_row: Literal["error", "skip"] = "error"  # not UTF-8, broken JSON, a field that is missing or not text
-
-
-class Source(Texts):
-    """Texts whose activations shape the null space (docs/methods.md §1d)."""
-
-    weight: Positive = 1.0
-
-
-class SolverSection(Section):
-    """How the r smallest eigenpairs of each Gram matrix are found, and on which ranks."""
-
-    method: Literal["eigh", "fast"] = "fast"
-    placement: Literal["rank0", "spread"] = "rank0"
-
-
-class CalibrationSection(Section):
-    """The streamed Gram pass over named sources, and probes that only measure."""
-
-    sources: Annotated[dict[Name, Source], Field(min_length=1)]
-    probes: dict[Name, Texts] = {}
-    samples: Annotated[Count, Field(ge=2)] = 256
-    sequence_length: Count = 2048
-    batch_size: Count = 1
-    concatenate: bool = False  # join short rows, an end-of-sequence token after each, into sequences of full length
-    heldout_fraction: Fraction = 0.125
-    hidden_states: Literal["device", "host"] = "device"
-    seed: Seed = 0
-    solver: SolverSection = SolverSection()
-
-    @model_validator(mode="after")
-    def _names(self) -> "CalibrationSection":
-        both = sorted(set(self.sources) & set(self.probes))
-        if both:
-            raise ValueError(f"'{both[0]}' names a source and a probe; give the probe another name")
-        for kind, named in (("source", self.sources), ("probe", self.probes)):
-            if MIXTURE in named:
-                raise ValueError(f"'{MIXTURE}' names the mixture of all sources; give the {kind} another name")
-        return self
-
-
-class PromptSet(Section):
-    """Rows of a prompt and its response: a hub dataset, or a local JSON, JSONL or Parquet file."""
-
-    path: Where
-    subset: str | None = None
-    split: str = "train"
-    prompt_field: str = "prompt"
-    response_field: str = "response"
-    samples: Count | None = None
-    template: str = "{prompt}"
-    on_bad_row: Literal["error", "skip"] = "error"  # as for texts; an empty response as well
-
-    @model_validator(mode="after")
-    def _template(self) -> "PromptSet":
-        if self.template.count("{prompt}") != 1:
-            raise ValueError("template must hold {prompt} exactly once; the response follows it directly")
-        return self
-
-
-class DataSection(PromptSet):
-    """What the adapter is trained on; the loss covers the response and the end-of-sequence token."""
-
-    max_length: Count = 512
-    packing: bool = False
+    """Kernel; ``flash_attention_2`` needs the package flash-attn and bfloat16."""
 
 
 class Baseline(Section):
     """Another arm trained on the same data for comparison: overrides of ``adapter`` and ``train``."""
 
     adapter: dict[str, Any] = {}
+    """Keys of ``adapter`` that differ; another method takes none of this one's own keys over."""
     train: dict[str, Any] = {}
+    """Keys of ``train`` that differ."""
 
 
 class EvaluationSection(Section):
     """What is measured on the base and on every arm: greedy exact match on prompts with known responses; lm-eval."""
 
     adaptation: PromptSet | None = None
+    """Questions of the new task."""
     retention: dict[str, PromptSet] = {}
+    """Questions whose answers the base knows, by name; the mean over names is the retention."""
     batch_size: Count = 8
-    max_length: Count = 8192  # longer questions, answer included, are left out; of a base with less context, than that
+    """Questions a rank and pass."""
+    max_length: Count = 8192
+    """Longer questions, answer included, are left out; a base with less context leaves out what is longer than that."""
     lm_eval: LmEvalSection | None = None
+    """EleutherAI's harness on base and arms; none where it is left out."""
     baselines: dict[Name, Baseline] = {}
+    """Further arms on the same rows, by name."""
 
 
 class Recipe(Section):
     """One job, whole: ``recipe → base model → Grams → null space → adapter → engine → trainer → evaluation``."""
 
     name: Name
+    """Of the run, in its report and card."""
     base_model: BaseModelSection
+    """The model that is adapted."""
     calibration: CalibrationSection
+    """Texts of what must be kept."""
     adapter: AdapterSection
+    """The update that is trained."""
     data: DataSection
+    """Rows of the new task."""
     train: TrainSection
+    """How it is trained."""
     engine: EngineSection = EngineSection()
+    """What shards it."""
     evaluation: EvaluationSection = EvaluationSection()
+    """What is measured before and after."""
     checkpoint: CheckpointSection = CheckpointSection()
-    resume: Literal["auto", "never"] = "auto"  # the same command again continues what the run folder holds
+    """When the state is written."""
+    resume: Literal["auto", "never"] = "auto"
+    """``auto``: the same command again goes on with what the run's folder holds; ``never``: that is an error."""
     output_dir: Where
+    """The run's folder; a folder that holds another recipe's run is an error."""
 
     @model_validator(mode="after")
     def _combinations(self) -> "Recipe":

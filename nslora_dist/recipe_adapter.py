@@ -30,23 +30,31 @@ class AdapterSection(Section):
     ``lora`` is plain LoRA, with ``freeze_a: true`` the frozen-random-A baseline;
     ``null_lora`` freezes one half of A and of B and keeps ΔW in the null space of the weights (docs/methods.md §2).
 
-    ``interference_budget`` is the most that ‖ΔW X‖ / ‖W X‖ (docs/methods.md §1c) may come to on the mixture of all
-    calibration sources, after every optimizer step: B is scaled back to it. With ``budget_over: module`` every module
-    keeps within it; with ``total`` the root mean square over modules does, and all B are scaled by one factor. For a
-    frozen A and a B from zero: ``lora_null`` in delta form, and ``lora`` with ``freeze_a: true``.
     """
 
     method: Literal["lora_null", "lora", "null_lora"] = "lora_null"
+    """LoRA-Null, plain LoRA, or Null-LoRA."""
     form: Literal["delta", "residual"] = "delta"
+    """Of ``lora_null``: B from zero on the base as it is, or B₀ A₀ on what is left of it, as in the paper."""
     rank: Count
+    """r of A (r × d_in) and B (d_out × r); of ``null_lora`` even, for half of it trains."""
     alpha: Positive | None = None
+    """The update is alpha / rank · B A; the rank where it is left out."""
     target_modules: Names = LINEAR_TARGETS
+    """Names of the linears that are adapted; all seven of a block where it is left out."""
     freeze_a: bool | None = None
+    """Whether A stays as it starts; where it is left out, true for ``lora_null``, false for ``lora``."""
     a_init: Literal["projected", "orthonormal"] = "projected"
+    """A of the SVD of W U, or Uᵀ, which reads no weight (docs/methods.md §1.3); the delta form takes either."""
     null_dim: Count = NULL_DIM
+    """Of ``null_lora``: null directions of a weight that are kept a side, at most."""
     null_threshold: Annotated[float, Field(ge=1e-6, lt=1.0)] = NULL_THRESHOLD
+    """Of ``null_lora``: σ / σ_max up to which a direction of a weight counts as null."""
     interference_budget: Annotated[float, Field(ge=1e-6)] | None = None
+    """The most that ‖ΔW X‖ / ‖W X‖ may come to on the mixture of all sources, after every step: B is scaled back to it
+    (docs/methods.md §1e). For ``lora_null`` in delta form, and ``lora`` with ``freeze_a: true``."""
     budget_over: BudgetOver = "module"
+    """``module``: every module keeps within the budget; ``total``: the root mean square over modules does."""
 
     @property
     def scale(self) -> float:

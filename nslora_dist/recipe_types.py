@@ -50,6 +50,11 @@ Names = Annotated[
 
 
 class Section(BaseModel):
-    """A part of the recipe: unknown keys and wrong types are errors, and values do not change after loading."""
+    """A part of the recipe: unknown keys and wrong types are errors, and values do not change after loading.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    The text under a field is its description, which ``docs/recipe.md`` is made of.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )

@@ -23,7 +23,8 @@ from nslora_dist.errors import UserError
 from nslora_dist.explain import nearest
 from nslora_dist.json_rows import is_array, is_by_line, read_json, refuse_other_encodings
 from nslora_dist.named import is_local
-from nslora_dist.recipe import BaseModelSection, PromptSet, Texts
+from nslora_dist.recipe import BaseModelSection
+from nslora_dist.recipe_data import PromptSet, Texts
 
 log = logging.getLogger("nslora_dist")
 

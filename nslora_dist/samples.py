@@ -20,7 +20,7 @@ from nslora_dist.bad_rows import RowCounts, duplicates_warning, empty_response
 from nslora_dist.batches import IGNORED
 from nslora_dist.errors import UserError
 from nslora_dist.heads import token_heads
-from nslora_dist.recipe import PromptSet
+from nslora_dist.recipe_data import PromptSet
 from nslora_dist.rows import load_rows, token_ids
 
 log = logging.getLogger("nslora_dist")

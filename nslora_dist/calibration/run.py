@@ -29,8 +29,8 @@ from nslora_dist.errors import Preempted, UserError
 from nslora_dist.frozen import FrozenLinear
 from nslora_dist.input_groups import InputGroup
 from nslora_dist.null_space import pack_triangle, unpack_triangle
-from nslora_dist.recipe import CalibrationSection
 from nslora_dist.recipe_adapter import AdapterSection
+from nslora_dist.recipe_data import CalibrationSection
 
 
 @dataclass

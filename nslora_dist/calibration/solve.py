@@ -12,8 +12,8 @@ from torch import Tensor
 from nslora_dist.null_space import gram_in_basis, leak, mix_grams, null_basis, projected_init, random_leak
 
 if TYPE_CHECKING:
-    from nslora_dist.recipe import CalibrationSection
     from nslora_dist.recipe_adapter import AdapterSection
+    from nslora_dist.recipe_data import CalibrationSection
 
 SPECTRUM_WIDTH = 2048
 """Up to this width the whole spectrum is computed for the report's plot; it costs one more eigenvalue solve."""

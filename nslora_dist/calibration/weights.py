@@ -36,8 +36,9 @@ from nslora_dist.calibration.store import Stored
 from nslora_dist.errors import Preempted, UserError
 from nslora_dist.frozen import FrozenLinear
 from nslora_dist.input_groups import InputGroup, LinearShape
-from nslora_dist.recipe import CalibrationSection, Recipe
+from nslora_dist.recipe import Recipe
 from nslora_dist.recipe_adapter import AdapterSection
+from nslora_dist.recipe_data import CalibrationSection
 from nslora_dist.weight_null import NullSide, NullSizes, WeightNull, weight_null_space
 
 log = logging.getLogger("nslora_dist")

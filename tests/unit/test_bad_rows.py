@@ -18,7 +18,8 @@ from nslora_dist.calibration_data import calibration_texts
 from nslora_dist.data import TrainingData
 from nslora_dist.errors import StorageError, UserError
 from nslora_dist.evaluate import EvaluationSets
-from nslora_dist.recipe import EvaluationSection, PromptSet, Texts
+from nslora_dist.recipe import EvaluationSection
+from nslora_dist.recipe_data import PromptSet, Texts
 from nslora_dist.rows import Rows, load_rows
 
 __all__ = ["offline"]  # a fixture for every test here

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from nslora_dist.batches import Batch, pack
 from nslora_dist.data import TrainingData, evaluation_batches
 from nslora_dist.errors import UserError
-from nslora_dist.recipe import PromptSet
+from nslora_dist.recipe_data import PromptSet
 
 __all__ = ["offline"]  # a fixture for every test here
 

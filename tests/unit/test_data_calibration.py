@@ -9,7 +9,7 @@ from test_data_tools import TOKENIZERS, llama_sentencepiece, offline, sentence, 
 
 from nslora_dist.calibration_data import CalibrationTexts, calibration_texts, text_batches
 from nslora_dist.errors import UserError
-from nslora_dist.recipe import CalibrationSection
+from nslora_dist.recipe_data import CalibrationSection
 
 __all__ = ["offline"]  # a fixture for every test here
 

@@ -12,7 +12,8 @@ from test_data_tools import bpe, llama_sentencepiece, offline, write_jsonl
 
 from nslora_dist import dist
 from nslora_dist.errors import UserError
-from nslora_dist.recipe import BaseModelSection, PromptSet, Texts
+from nslora_dist.recipe import BaseModelSection
+from nslora_dist.recipe_data import PromptSet, Texts
 from nslora_dist.rows import from_rank0, load_rows, load_tokenizer
 
 __all__ = ["offline"]  # a fixture for every test here

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nslora_dist.batches import Batch
-from nslora_dist.recipe import BaseModelSection, DataSection, TrainSection
+from nslora_dist.recipe import BaseModelSection, TrainSection
+from nslora_dist.recipe_data import DataSection
 from nslora_dist.rows import load_tokenizer
 
 datasets.disable_progress_bars()

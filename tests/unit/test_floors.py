@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "nslora_dist"
 FLOORS = (
-    "errors explain zero_file zero_knobs recipe recipe_adapter recipe_file recipe_lm_eval recipe_train recipe_types "
+    "errors explain zero_file zero_knobs recipe recipe_adapter recipe_data recipe_file recipe_lm_eval recipe_train recipe_types "
     "yaml_file redact named dist watch clock logs meeting peers reasons guard quiet eigensolver null_space weight_null "
     "linear nf4 frozen adapter adapter_set null_lora artifacts folders machine manifests provenance merge_recipe",
     "bad_rows json_rows column_rows rows heads batches samples data calibration_data base_files base_config base_model "
@@ -18,7 +18,7 @@ FLOORS = (
     "merging",
     "live_model live_grams live_calibration peft_start checkpoint checkpoint_files arm_job arm_stage arms export_arm "
     "trainer evaluate effects report lm_eval_bridge lm_eval_model lm_eval_tasks scoring plots dry_run plan tiny_world "
-    "tiny_tasks pretrain budget merge_report",
+    "tiny_tasks pretrain budget merge_report recipe_page",
     "pipeline command merge evaluate_adapter study",
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}

@@ -22,7 +22,7 @@ from nslora_dist import heads
 from nslora_dist.calibration_data import calibration_texts
 from nslora_dist.data import TrainingData, evaluation_batches
 from nslora_dist.heads import token_heads
-from nslora_dist.recipe import PromptSet
+from nslora_dist.recipe_data import PromptSet
 
 __all__ = ["offline"]  # a fixture for every test here
 

@@ -29,7 +29,8 @@ from nslora_dist.plan.sweep import sweep, write_csv, write_plot
 from nslora_dist.plan.text import describe
 from nslora_dist.plan.traffic import Traffic
 from nslora_dist.plan.training import train_flops
-from nslora_dist.recipe import PromptSet, Recipe
+from nslora_dist.recipe import Recipe
+from nslora_dist.recipe_data import PromptSet
 from nslora_dist.recipe_file import load_recipe
 
 GPU = Cluster(gpus=8, gpu_memory=80e9, interconnect=50e9)

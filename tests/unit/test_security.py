@@ -21,7 +21,8 @@ from nslora_dist.export import Factors, write_adapter
 from nslora_dist.live_calibration import calibrate
 from nslora_dist.merging.model import load_merged
 from nslora_dist.merging.tasks import read_tasks
-from nslora_dist.recipe import BaseModelSection, Recipe, Texts
+from nslora_dist.recipe import BaseModelSection, Recipe
+from nslora_dist.recipe_data import Texts
 from nslora_dist.redact import MASK, redact, redact_all
 from nslora_dist.report import write_report
 from nslora_dist.rows import load_rows, load_tokenizer
