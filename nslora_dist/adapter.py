@@ -23,12 +23,13 @@ from nslora_dist.null_space import interference
 class Observation:
     """Sums over the tokens seen while adapters are measured, not applied (docs/methods.md §1c, by a forward pass).
 
-    ``mask`` is the current batch's (b, s) bool of real tokens, None for all. ``update``, ``output`` and ``input`` map a
+    ``real`` are the rows and columns of the current batch's real tokens, None for all: no mask, which would be waited
+    for on a GPU, at every module (``batches.Places``). ``update``, ``output`` and ``input`` map a
     module name to Σ‖ΔW x‖², Σ‖W x‖² and Σ‖x‖², float64 scalars on the module's device; ``grams`` to A G Aᵀ, (r, r)
     float64, or None where nobody wants it.
     """
 
-    mask: Tensor | None = None
+    real: tuple[Tensor, Tensor] | None = None
     update: dict[str, Tensor] = field(default_factory=dict)
     output: dict[str, Tensor] = field(default_factory=dict)
     input: dict[str, Tensor] = field(default_factory=dict)
@@ -105,15 +106,15 @@ class Adapter(nn.Module, ABC):
         return scale * functional.linear(functional.linear(x, a), b)
 
     @torch.no_grad()
-    def gram_of(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def gram_of(self, x: Tensor, real: tuple[Tensor, Tensor] | None) -> Tensor:
         """Zᵀ Z of z = A x, (r, r) float64: a batch's part of C = A G Aᵀ; whole inside a forward pass alone.
 
         Args:
-            x: (..., d_in).
-            mask: (...) bool of real tokens; None for all.
+            x: (b, s, d_in).
+            real: rows and columns of real tokens, each (n,) int64; None for all.
         """
         z = functional.linear(x, self.down(x.dtype)).float()
-        z = z.flatten(0, -2) if mask is None else z[mask]
+        z = z.flatten(0, -2) if real is None else z[real]
         return (z.T @ z).double()
 
     @torch.no_grad()
@@ -125,25 +126,25 @@ class Adapter(nn.Module, ABC):
         finally:
             self.base.watch = None  # type: ignore[assignment]
         if seen.grams is not None:
-            gram = self.gram_of(x, seen.mask)
+            gram = self.gram_of(x, seen.real)
             seen.grams[self.name] = seen.grams[self.name] + gram if self.name in seen.grams else gram
         for sums, value in ((seen.update, self.update(x)), (seen.output, products[0]), (seen.input, x)):
-            energy = energy_of(value, seen.mask)
+            energy = energy_of(value, seen.real)
             sums[self.name] = sums[self.name] + energy if self.name in sums else energy
         return y
 
 
-def energy_of(values: Tensor, mask: Tensor | None) -> Tensor:
+def energy_of(values: Tensor, real: tuple[Tensor, Tensor] | None) -> Tensor:
     """Σ‖v‖² over real tokens, () float64.
 
     A token's own sum is in float32, which no copy of the activations is made for; over tokens it is in float64.
 
     Args:
-        values: (..., d).
-        mask: (...) bool of real tokens; None for all.
+        values: (b, s, d).
+        real: rows and columns of real tokens, each (n,) int64; None for all.
     """
     norms = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
-    return (norms if mask is None else norms[mask]).square().sum(dtype=torch.float64)
+    return (norms if real is None else norms[real]).square().sum(dtype=torch.float64)
 
 
 class AdaptedLinear(Adapter):

@@ -9,6 +9,12 @@ from torch import Tensor
 
 IGNORED = -100
 """The label of a position that is not scored."""
+Places = tuple[Tensor, Tensor]
+"""Rows and columns of tokens, each (n,) int64, in row-major order: ``x[places]`` is (n, ...).
+
+A mask would pick the same tokens, but how many they are a GPU has to be asked for, and waited for until it has done all
+that it was given.
+"""
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Batch:
         labels: (b, s), not shifted: the token itself where it is scored, -100 elsewhere.
         unmasked_padding: Pad tokens that no ``attention_mask`` marks: in packed rows, and in rows that only fill up.
         samples: For each row the numbers of the samples in it, for messages; empty where nobody asked.
+        places: ``predictors`` on the batch's device, once ``to`` has looked them up where the labels came from.
     """
 
     input_ids: Tensor
@@ -33,17 +40,31 @@ class Batch:
     labels: Tensor
     unmasked_padding: int = 0
     samples: tuple[tuple[int, ...], ...] = ()
+    places: Places | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on another device."""
+        """The batch, made in host memory, on a device, without waiting until that is done with the one before."""
         mask, positions = self.attention_mask, self.position_ids
         return replace(
             self,
-            input_ids=self.input_ids.to(device),
-            attention_mask=None if mask is None else mask.to(device),
-            position_ids=None if positions is None else positions.to(device),
-            labels=self.labels.to(device),
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            attention_mask=None if mask is None else mask.to(device, non_blocking=True),
+            position_ids=None if positions is None else positions.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            places=places_on(device, self.predictors),
         )
+
+    @property
+    def predictors(self) -> Places:
+        """The tokens whose next one is scored."""
+        return places_of(self.labels[:, 1:] != IGNORED) if self.places is None else self.places
+
+    @property
+    def real_tokens(self) -> Places:
+        """The tokens that are no padding; that behind packed samples, which nothing marks, is among them."""
+        if self.token_count == 0:  # a row that only fills up
+            return places_of(torch.zeros_like(self.input_ids))
+        return places_of(torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask)
 
     @property
     def supervised_tokens(self) -> int:
@@ -60,6 +81,18 @@ class Batch:
         """The number of tokens that are no padding."""
         marked = self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
         return marked - self.unmasked_padding
+
+
+def places_of(mask: Tensor) -> Places:
+    """Where a (b, s) mask is not 0."""
+    rows, columns = mask.nonzero(as_tuple=True)
+    return rows, columns
+
+
+def places_on(device: torch.device | str, places: Places) -> Places:
+    """Places, found in host memory, on a device; this does not wait for it."""
+    rows, columns = places
+    return rows.to(device, non_blocking=True), columns.to(device, non_blocking=True)
 
 
 def pad_right(rows: Sequence[Tensor], value: int) -> tuple[Tensor, Tensor | None]:

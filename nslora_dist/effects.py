@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nslora_dist import dist, watch
 from nslora_dist.adapter import Observation, adapted_linears, observed
+from nslora_dist.batches import places_on
 from nslora_dist.calibration.store import MIXTURE
 from nslora_dist.calibration_data import CalibrationTexts, text_batches
 from nslora_dist.data import Batch, TrainingData
@@ -72,9 +73,8 @@ def measure(
         for batch in even_batches(batches, device=device):
             dist.stop_if_asked(f"stopped in the effect on {text.name}")
             watch.progress(f"effect on {text.name}")
-            real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
-            seen.mask = (real.bool() & (batch.unmasked_padding == 0)).to(device)
-            compared = Compared(**vars(batch.to(device)))
+            seen.real = places_on(device, batch.real_tokens)
+            compared = Compared(**vars(batch.to(device)), real=seen.real)
             with observed(engine.model, seen):
                 base = engine.matches(compared)
             if with_divergence:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from nslora_dist.batches import Batch
+from nslora_dist.batches import IGNORED, Batch, Places, places_of, places_on
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,23 @@ class Continued(Batch):
 class Compared(Batch):
     """Asks evaluation mode for hidden states, or how far the next tokens are from those of other hidden states.
 
-    All tokens count that are no padding; ``labels`` are not read.
+    ``labels`` are not read.
 
     Attributes:
-        against: (b, s, d), as an earlier pass gave them; None asks for them.
+        real: the tokens that count, on the batch's device.
+        against: (b, s, d), as an earlier pass gave them; None asks for hidden states.
     """
 
+    real: Places | None = None
     against: Tensor | None = None
 
 
 class SupervisedModel(nn.Module):
-    """Next-token loss in training, greedy exact match in evaluation; logits exist at supervised positions alone."""
+    """Next-token loss in training, greedy exact match in evaluation; logits exist at supervised positions alone.
+
+    Behind the blocks nothing asks a GPU for a value: it would have to finish them all before it were even told of the
+    head, and the head's weight, where it is sharded, would not be gathered before.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Wraps ``model``, whose own names then start with ``model.``."""
@@ -90,18 +96,19 @@ class SupervisedModel(nn.Module):
             position_ids=batch.position_ids,
             use_cache=False,
         ).last_hidden_state
-        labels = batch.labels[:, 1:]
-        keep = labels != -100
-        supervised = hidden[:, : labels.shape[1]][keep]
+        places = batch.predictors
+        following = batch.labels[:, 1:]
+        supervised, labels = hidden[places], following[places]
         if self.training:
-            return self.model.lm_head(supervised, labels[keep])
+            return self.model.lm_head(supervised, labels)
+        keep = following != IGNORED
         if scored:
-            found = self.model.lm_head(supervised, labels[keep], by_token=True).double()
+            found = self.model.lm_head(supervised, labels, by_token=True).double()
             by_row = torch.zeros(*keep.shape, 2, dtype=torch.float64, device=hidden.device)
-            by_row[keep] = found
+            by_row[places] = found
             return torch.stack([by_row[..., 0].sum(1), (by_row[..., 1].sum(1) == keep.sum(1)).double()], dim=1)
         right = torch.zeros_like(keep)
-        right[keep] = self.model.lm_head(supervised).argmax(-1) == labels[keep]
+        right[places] = self.model.lm_head(supervised).argmax(-1) == labels
         return (right == keep).all(1) & keep.any(1)
 
     def _next(self, batch: Continued) -> Tensor:
@@ -119,8 +126,8 @@ class SupervisedModel(nn.Module):
         hidden: Tensor = self.model.model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
         ).last_hidden_state
-        options = batch.options.to(hidden.device)
-        there = options != -100
+        there = places_on(hidden.device, places_of(batch.options != IGNORED))
+        options = batch.options.to(hidden.device, non_blocking=True)
         last = (batch.attention_mask.sum(1) if batch.attention_mask is not None else hidden.shape[1]) - 1
         rows = torch.arange(len(hidden), device=hidden.device)
         behind = hidden[rows, last][:, None].expand(-1, options.shape[1], -1)
@@ -137,7 +144,6 @@ class SupervisedModel(nn.Module):
         ).last_hidden_state
         if batch.against is None:
             return hidden
-        real = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
-        real = real.bool() & (batch.unmasked_padding == 0)
-        by_token = self.model.lm_head(hidden[real], against=batch.against[real]).double()
-        return torch.stack([by_token.sum(), real.sum().double()])
+        assert batch.real is not None
+        by_token = self.model.lm_head(hidden[batch.real], against=batch.against[batch.real]).double()
+        return torch.stack([by_token.sum(), by_token.new_full((), len(by_token))])

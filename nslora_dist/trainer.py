@@ -140,14 +140,10 @@ def train(
             values = {"train/loss": loss, "train/learning_rate": rate, "train/grad_norm": norm}
             values["train/tokens_per_second"] = result.tokens_per_second
             values |= {} if kept is None else kept.tags()
-            interference = live_interference(engine)  # of B before this step, as its forward pass saw it
+            interference = _numbers(live_interference(engine))  # of B before this step, as its forward pass saw it
             if dist.is_main():
                 scalars.add(step, values | _interference_tags(interference))
-            most = (
-                f" interference {max(map(float, interference[MIXTURE].values())):.3f}"
-                if MIXTURE in interference
-                else ""
-            )
+            most = f" interference {max(interference[MIXTURE].values()):.3f}" if MIXTURE in interference else ""
             bar.set_postfix_str(f"loss {loss:.4f}{most}")
     if checkpoints is not None:
         checkpoints.write(engine, total, asdict(result), good=not result.skipped_in_a_row)
@@ -232,10 +228,16 @@ def _skipped(result: Trained, where: str, *, section: TrainSection, checkpoints:
     )
 
 
-def _interference_tags(found: dict[str, dict[str, Tensor]]) -> dict[str, float]:
+def _numbers(found: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, float]]:
+    """What is on the device, asked for once a name: there are hundreds of modules."""
+    return {
+        name: dict(zip(values, torch.stack([*values.values()]).tolist(), strict=True)) for name, values in found.items()
+    }
+
+
+def _interference_tags(found: dict[str, dict[str, float]]) -> dict[str, float]:
     tags: dict[str, float] = {}
-    for name, values in found.items():
-        numbers = {module: float(value) for module, value in values.items()}
+    for name, numbers in found.items():
         if name == MIXTURE:
             tags |= {f"interference_per_module/{module}": value for module, value in numbers.items()}
         tags[f"interference/{name}_max"] = max(numbers.values())

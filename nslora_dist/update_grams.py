@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nslora_dist import dist, watch
 from nslora_dist.adapter import Adapter, adapted_linears
 from nslora_dist.artifacts import load_tensors, save_tensors
-from nslora_dist.batches import Batch
+from nslora_dist.batches import Batch, Places, places_on
 from nslora_dist.errors import UserError
 from nslora_dist.provenance import UPDATE_GRAMS_FILE
 
@@ -67,7 +67,7 @@ def collect_update_grams(
         Preempted: a rank was asked to stop.
     """
     sums: dict[str, Tensor] = {}
-    real: list[Tensor] = []
+    real: list[Places] = []
     hooks = [
         module.register_forward_pre_hook(partial(_add, sums, real, name))
         for name, module in adapted_linears(model).items()
@@ -76,10 +76,7 @@ def collect_update_grams(
         for number, batch in enumerate(batches, start=1):
             dist.stop_if_asked("export: stopped in the update Grams")
             watch.progress(f"update Grams, batch {number}")
-            mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
-            if batch.token_count == 0:
-                mask = torch.zeros_like(mask)  # a batch that only keeps a sharded model's ranks in step
-            real[:] = [mask.bool().to(device)]
+            real[:] = [places_on(device, batch.real_tokens)]
             run(batch.to(device))
     finally:
         for hook in hooks:
@@ -92,7 +89,7 @@ def collect_update_grams(
     return found
 
 
-def _add(sums: dict[str, Tensor], real: list[Tensor], name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+def _add(sums: dict[str, Tensor], real: list[Places], name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
     assert isinstance(module, Adapter)
     gram = module.gram_of(args[0], real[0])
     sums[name] = sums[name] + gram if name in sums else gram

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nslora_dist import dist, machine
+from nslora_dist.base_model import units
 from nslora_dist.data import Batch
 from nslora_dist.engines.base import (
     MOMENTS,
@@ -234,14 +235,20 @@ class Zero3Engine:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """See ``Engine``. What a module is at work with DeepSpeed does not release, so each parameter is given one."""
+        """See ``Engine``. What a module is at work with DeepSpeed does not release, so each parameter is given one.
+
+        Gathered unit by unit: of parts that are kept in host memory a gather sends all that it is given to the device,
+        which for the whole model at once would be half as much again on two GPUs.
+        """
         self.engine.optimizer.empty_partition_cache()
         parameters: list[Any] = list(self.engine.module.parameters())
         size = sum(parameter.ds_numel * parameter.element_size() for parameter in parameters)
         if not machine.may_keep(size, self.device):
             yield
             return
-        with deepspeed.zero.GatheredParameters(parameters):
+        with ExitStack() as stack:
+            for _, unit in units(self.model):
+                stack.enter_context(deepspeed.zero.GatheredParameters(list(unit.parameters())))
             for parameter in parameters:
                 parameter.ds_active_sub_modules.add(WHOLE)
             self.kept = True
