@@ -134,17 +134,17 @@ class Adapter(nn.Module, ABC):
         return y
 
 
-def energy_of(values: Tensor, real: tuple[Tensor, Tensor] | None) -> Tensor:
+def energy_of(values: Tensor, real: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Σ‖v‖² over real tokens, () float64.
 
     A token's own sum is in float32, which no copy of the activations is made for; over tokens it is in float64.
 
     Args:
-        values: (b, s, d).
+        values: (b, s, d), or rows (n, d) where all are real.
         real: rows and columns of real tokens, each (n,) int64; None for all.
     """
     norms = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
-    return (norms if real is None else norms[real]).square().sum(dtype=torch.float64)
+    return (norms if real is None else norms[real]).double().square().sum()
 
 
 class AdaptedLinear(Adapter):

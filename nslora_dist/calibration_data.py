@@ -35,6 +35,8 @@ class CalibrationTexts:
         truncated: Rows longer than ``sequence_length``, of which the start is used.
         counts: What became of the rows. Those longer than ``sequence_length`` and duplicates are counted among the
             rows drawn: reading stops at ``calibration.samples`` sequences.
+        origins: In which line or row each sequence begins, those of ``calibration`` first, for messages; empty where
+            nobody knows.
     """
 
     name: str
@@ -44,6 +46,7 @@ class CalibrationTexts:
     hash: str
     truncated: int
     counts: RowCounts = field(default_factory=RowCounts)
+    origins: list[str] = field(default_factory=list)
 
     @property
     def place(self) -> str:
@@ -90,7 +93,7 @@ def _read(
 ) -> CalibrationTexts:
     rows = load_rows(texts, [texts.text_field], name=where)
     rows.tally.warn()
-    sequences, counts = _sequences(rows, section, tokenizer, where=where)
+    sequences, numbers, counts = _sequences(rows, section, tokenizer, where=where)
     if not sequences:
         raise UserError(
             f"{where}.path {texts.path}: field '{texts.text_field}' is empty in every row; name another field"
@@ -110,6 +113,7 @@ def _read(
         hash=_digest(sequences, split),
         truncated=counts.too_long,
         counts=counts,
+        origins=[rows.tally.place(number) for number in numbers],
     )
 
 
@@ -121,14 +125,16 @@ def _heldout_count(count: int, fraction: float) -> int:
 
 def _sequences(
     rows: Rows, section: CalibrationSection, tokenizer: PreTrainedTokenizerBase, *, where: str
-) -> tuple[list[Tensor], RowCounts]:
-    """The first ``samples`` sequences that the shuffled rows make, and the counts of all rows and of those drawn."""
+) -> tuple[list[Tensor], list[int], RowCounts]:
+    """The first ``samples`` sequences that the shuffled rows make, the rows they begin in, and the counts of rows."""
     length = section.sequence_length
     found: list[list[int]] = []
+    begun: list[int] = []
     joined: list[int] = []
+    joined_from: list[int] = []  # the row of each of these tokens
     seen: set[bytes] = set()
     drawn = truncated = 0
-    for plain, whole in _tokenised(rows, shuffled(len(rows), section.seed), tokenizer, length=length):
+    for number, plain, whole in _tokenised(rows, shuffled(len(rows), section.seed), tokenizer, length=length):
         if not plain:
             continue
         drawn += 1
@@ -136,37 +142,43 @@ def _sequences(
         if len(plain) >= length:
             truncated += len(plain) > length
             found.append(plain[:length])
+            begun.append(number)
         elif not section.concatenate:
             found.append(whole[:length])
+            begun.append(number)
         else:
             joined += whole if whole[-1] == tokenizer.eos_token_id else [*whole, tokenizer.eos_token_id]
+            joined_from += [number] * (len(joined) - len(joined_from))
             while len(joined) >= length and len(found) < section.samples:
                 found.append(joined[:length])
-                del joined[:length]
+                begun.append(joined_from[0])
+                del joined[:length], joined_from[:length]
         if len(found) == section.samples:
             break
     else:
         if joined and not found:
             found.append(joined)
+            begun.append(joined_from[0])
         elif joined:
             log.info("%s: the last %d joined tokens make no full sequence and are left out", where, len(joined))
     duplicates_warning(where, drawn - len(seen), drawn)
     counts = RowCounts(rows.read, dict(rows.tally.counts), drawn - len(seen), truncated)
-    return [torch.tensor(ids, dtype=torch.int64) for ids in found], counts
+    return [torch.tensor(ids, dtype=torch.int64) for ids in found], begun, counts
 
 
 def _tokenised(
     rows: Rows, order: np.ndarray, tokenizer: PreTrainedTokenizerBase, *, length: int
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Each row's tokens without and with the tokenizer's special tokens, a chunk at a time.
+) -> Iterator[tuple[int, list[int], list[int]]]:
+    """Each row's number, and its tokens without and with the tokenizer's special tokens, a chunk at a time.
 
     Of a row that is longer than ``length`` there may be only the first ``length + 1`` tokens without special ones.
     """
-    for _, chunk in rows.chunks(order, rows=_CHUNK):
+    for chosen, chunk in rows.chunks(order, rows=_CHUNK):
         (texts,) = chunk.values()
         plain = token_heads(tokenizer, texts, count=length + 1, special=False)
         short = [text if len(ids) < length else "" for text, ids in zip(texts, plain, strict=True)]
-        yield from zip(plain, token_heads(tokenizer, short, count=length + 1, special=True), strict=True)
+        whole = token_heads(tokenizer, short, count=length + 1, special=True)
+        yield from zip(rows.numbers[chosen].tolist(), plain, whole, strict=True)
 
 
 def _digest(sequences: Sequence[Tensor], split: int) -> str:

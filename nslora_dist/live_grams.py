@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nslora_dist import dist
+from nslora_dist.adapter import energy_of
 from nslora_dist.calibration.grams import add_gram
 from nslora_dist.errors import UserError
 from nslora_dist.live_model import exact
@@ -130,9 +131,6 @@ def _hooked(groups: Sequence[Group], mask: list[Tensor | None]) -> Iterator[None
             )
         return rows
 
-    def energy(x: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).double().square().sum()
-
     def take_input(group: Group) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             rows = tokens(args[0].detach(), group.name)
@@ -141,7 +139,7 @@ def _hooked(groups: Sequence[Group], mask: list[Tensor | None]) -> Iterator[None
                 group.energy = torch.zeros((), dtype=torch.float64, device=rows.device)
             with exact(rows.device):
                 add_gram(group.gram, rows)
-            group.energy += energy(rows)
+            group.energy += energy_of(rows)
 
         return hook
 
@@ -153,7 +151,7 @@ def _hooked(groups: Sequence[Group], mask: list[Tensor | None]) -> Iterator[None
             bias[:] = [] if module.bias is None else [module.bias.detach().clone()]
 
         def after(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
-            found = energy(tokens((output - bias[0] if bias else output).detach(), name))
+            found = energy_of(tokens((output - bias[0] if bias else output).detach(), name))
             group.outputs[name] = group.outputs[name] + found if name in group.outputs else found
 
         return before, after

@@ -171,9 +171,8 @@ def leak(gram: Tensor, basis: Tensor) -> float:
     """
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or basis.ndim != 2 or basis.shape[0] != gram.shape[0]:
         raise ValueError(f"gram {tuple(gram.shape)} and basis {tuple(basis.shape)} do not fit: (d, d) and (d, r).")
-    columns = basis.to(gram.device, torch.float64)
     total = float(gram.diagonal().double().sum())
-    return float((columns * product(gram, columns)).sum()) / total if total else 0.0
+    return float(gram_in_basis(gram, basis).trace()) / total if total else 0.0
 
 
 def gram_in_basis(gram: Tensor, basis: Tensor) -> Tensor:

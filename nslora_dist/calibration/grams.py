@@ -6,14 +6,15 @@ with a weight.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nslora_dist.batches import Batch
+from nslora_dist.adapter import energy_of
+from nslora_dist.batches import Batch, Places, places_on
 from nslora_dist.frozen import FrozenLinear
 from nslora_dist.input_groups import InputGroup
 
@@ -54,7 +55,7 @@ class GroupSums:
 
     def add_input(self, x: Tensor, *, batch: int) -> None:
         """Adds (n, d_in) inputs of one batch."""
-        energy = _energy(x)
+        energy = energy_of(x)
         self.energy += energy
         self.first_bad = _first_bad(self.first_bad, energy, batch)
         if self.gram is not None:
@@ -66,7 +67,7 @@ class GroupSums:
 
     def add_output(self, module: str, y: Tensor, *, batch: int) -> None:
         """Adds (n, d_out) products W x of one batch, without a bias."""
-        energy = _energy(y)
+        energy = energy_of(y)
         self.outputs[module] += energy
         self.first_bad_output[module] = _first_bad(self.first_bad_output[module], energy, batch)
 
@@ -74,11 +75,6 @@ class GroupSums:
         """Mirrors the lower block triangle of the Gram into the upper one."""
         if self.gram is not None:
             mirror(self.gram)
-
-
-def _energy(x: Tensor) -> Tensor:
-    """Σ x² of (n, d), () float64: row by row in float32 without a copy of x, then over rows in float64."""
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).double().square().sum()
 
 
 def _tiles(start: int, stop: int, leaf: int) -> Iterator[tuple[slice, slice]]:
@@ -140,15 +136,13 @@ class Collector:
         """Collects for ``groups`` into ``sums`` (by group name)."""
         self.groups = groups
         self.sums = sums
-        self.mask: Tensor | None = None
+        self.real: Places | None = None
         self.batch = 0
 
-    def start_batch(self, number: int, batch: Batch) -> None:
-        """Says which batch runs next; its padding is left out of every sum."""
+    def start_batch(self, number: int, real: Places | None) -> None:
+        """Says which batch runs next, and which of its tokens are summed, on the model's device; None for all."""
         self.batch = number
-        self.mask = None if batch.attention_mask is None else batch.attention_mask.bool()
-        if batch.token_count == 0:  # a row that only fills up, on a rank with nothing left
-            self.mask = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+        self.real = real
 
     @contextmanager
     def attached(self, model: nn.Module, *, prefix: str = "") -> Iterator[None]:
@@ -186,34 +180,10 @@ class Collector:
 
     def _tokens(self, x: Tensor) -> Tensor:
         """(b, s, d) → (n, d) of the real tokens."""
-        return x.flatten(0, 1) if self.mask is None else x[self.mask]
+        return x.flatten(0, 1) if self.real is None else x[self.real]
 
 
-@torch.no_grad()
-def whole_model_grams(
-    model: nn.Module, forward: Any, groups: Sequence[InputGroup], batches: Iterable[Batch], *, device: torch.device
-) -> dict[str, GroupSums]:
-    """The Grams of all groups from plain forward passes of a live model, sharded or not.
-
-    Holds every Gram at once: for models whose forward pass cannot be cut into blocks, and to check the streamed pass.
-
-    Args:
-        model: where the groups' modules are found by name.
-        forward: runs one ``Batch`` through the model.
-        groups: what to collect.
-        batches: this rank's share; a sharded model needs the same number on every rank.
-        device: where the sums live.
-
-    Returns:
-        This rank's sums by group name, to be reduced over ranks.
-    """
-    sums = {group.name: GroupSums(group, basis=None, device=device) for group in groups}
-    collector = Collector(groups, sums)
-    with collector.attached(model):
-        for number, batch in enumerate(batches):
-            batch = batch.to(device)
-            collector.start_batch(number, batch)
-            forward(batch)
-    for total in sums.values():
-        total.finish()
-    return sums
+def real_on(device: torch.device, batch: Batch) -> Places | None:
+    """A batch's tokens that are no padding, on a device; None where all are."""
+    whole = batch.attention_mask is None and batch.token_count > 0
+    return None if whole else places_on(device, batch.real_tokens)

@@ -78,14 +78,14 @@ class Calibration:
             The null space, without its key and hashes.
 
         Raises:
-            UserError: an activation is not finite; on every rank, naming module and sample.
+            UserError: an activation is not finite; on every rank, naming module, text and row.
             Preempted: a rank was asked to stop; the blocks that are done are on disk, where there are ``parts``.
         """
         self.weights = {t.name: t.weight for t in texts if t.weight is not None}
         self.entries = Entries(self.weights)
-        sources = [self._deal(t.name, t.calibration) for t in texts if t.weight is not None]
-        self.heldout = [self._deal(t.name, t.heldout) for t in texts if t.weight is not None and t.heldout]
-        self.probes = [self._deal(t.name, t.calibration) for t in texts if t.weight is None]
+        sources = [self._deal(t) for t in texts if t.weight is not None]
+        self.heldout = [self._deal(t, heldout=True) for t in texts if t.weight is not None and t.heldout]
+        self.probes = [self._deal(t) for t in texts if t.weight is None]
         self.stream.embed([*sources, *self.heldout, *self.probes])
         pending: Pending | None = None
         count = len(self.stream.blocks)
@@ -126,11 +126,18 @@ class Calibration:
         }
         return NullSpace(manifest=manifest, tensors=self.entries.tensors)
 
-    def _deal(self, name: str, sequences: Sequence[Tensor]) -> Texts:
-        batches = text_batches(
-            sequences, batch_size=self.section.batch_size, rank=dist.rank(), world_size=dist.world_size()
+    def _deal(self, texts: CalibrationTexts, *, heldout: bool = False) -> Texts:
+        size, rank, ranks = self.section.batch_size, dist.rank(), dist.world_size()
+        sequences = texts.heldout if heldout else texts.calibration
+        origins = (texts.origins[len(texts.calibration) :] if heldout else texts.origins)[: len(sequences)][rank::ranks]
+        return Texts(
+            texts.name,
+            text_batches(sequences, batch_size=size, rank=rank, world_size=ranks),
+            device=self.device,
+            keep=self.stream.keep,
+            place=texts.place,
+            origins=[origins[start : start + size] for start in range(0, len(origins), size)],
         )
-        return Texts(name, batches, device=self.device, keep=self.stream.keep)
 
     def _of_block(self, number: int) -> list[InputGroup]:
         prefix = self.stream.blocks[number][0] + "."
@@ -196,11 +203,10 @@ class Calibration:
             for what, value in _suspects(sums):
                 batch = int(value)
                 if batch < NONE_BAD:
-                    first = (batch * self.section.batch_size) * dist.world_size() + dist.rank()
+                    where = f", which begins in {' or '.join(texts.origins[batch])}" if texts.origins else ""
                     raise UserError(
-                        f"calibration.sources/probes '{texts.name}': the {what} is not finite at sample "
-                        f"{first} (rank {dist.rank()}, batch {batch}); check that text and the base's weights, or use "
-                        "base_model.dtype=float32"
+                        f"{texts.place}: the {what} is not finite at a text of batch {batch} on rank {dist.rank()}"
+                        f"{where}; check that text and the base's weights, or use base_model.dtype=float32"
                     )
 
     def _solve(

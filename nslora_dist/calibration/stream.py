@@ -11,16 +11,37 @@ from nslora_dist.base_files import Checkpoint
 from nslora_dist.base_model import blocks
 from nslora_dist.base_weights import empty_unit, fill_rotary, fill_unit, return_freed_memory
 from nslora_dist.batches import Batch
-from nslora_dist.calibration.grams import Collector
+from nslora_dist.calibration.grams import Collector, real_on
 from nslora_dist.frozen import PassThrough
 
 
 class Texts:
     """This rank's batches of one source or probe, and their hidden states before the next block they go through."""
 
-    def __init__(self, name: str, batches: Sequence[Batch], *, device: torch.device, keep: torch.device) -> None:
-        """Batches of token ids; ``keep`` is where hidden states wait between blocks."""
+    def __init__(
+        self,
+        name: str,
+        batches: Sequence[Batch],
+        *,
+        device: torch.device,
+        keep: torch.device,
+        place: str = "",
+        origins: Sequence[Sequence[str]] = (),
+    ) -> None:
+        """Batches of token ids, made in host memory.
+
+        Args:
+            name: of the source or probe.
+            batches: this rank's.
+            device: where they run.
+            keep: where hidden states wait between blocks.
+            place: where it stands in the recipe, for messages.
+            origins: for each batch in which lines or rows its sequences begin, for messages.
+        """
         self.name = name
+        self.place = place
+        self.origins = origins
+        self.real = [real_on(device, batch) for batch in batches]
         self.batches = [batch.to(device) for batch in batches]
         self.hidden: list[Tensor] = []
         self.keep = keep
@@ -73,7 +94,7 @@ class BlockStream:
         try:
             with collector.attached(block, prefix=name):
                 for position, batch in enumerate(texts.batches):
-                    collector.start_batch(position, batch)
+                    collector.start_batch(position, texts.real[position])
                     texts.hidden[position] = inner(
                         inputs_embeds=texts.hidden[position].to(self.device),
                         attention_mask=batch.attention_mask,

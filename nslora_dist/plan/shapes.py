@@ -93,11 +93,6 @@ class Adapter:
     item: int
     null_lora: bool = False
 
-    @property
-    def keeps_start_a(self) -> bool:
-        """Whether A₀ is held beside A."""
-        return self.residual and self.a_trains
-
 
 @dataclass(frozen=True)
 class Shapes:

@@ -231,7 +231,7 @@ def test_live_model_gives_the_same_grams(tmp_path: Path, engine: str) -> None:
             assert energy == pytest.approx(float((dense[module] @ x[group]).square().sum()), rel=1e-5), module
 
 
-def test_non_finite_activation_names_module_and_sample(tmp_path: Path) -> None:
+def test_non_finite_activation_names_module_and_row(tmp_path: Path) -> None:
     make_texts(tmp_path)
     base = make_base(tmp_path / "llama")
     bad = tokenizer().convert_tokens_to_ids("w60")
@@ -251,14 +251,12 @@ def test_non_finite_activation_names_module_and_sample(tmp_path: Path) -> None:
     single = {"calibration": {"batch_size": 1, "heldout_fraction": 0.0}}
     first, second = run_ranks(refused, 2, tmp_path, {"token": single, "value": single, "last": single})
     assert first == second, "ranks tell different stories"
-    (texts,) = run_ranks(calibrate, 1, tmp_path, {"texts": ("llama", single)})
-    source, position = one_bad_text(texts["texts"].texts, bad)
-    assert source == "a"
-    assert re.search(rf"'a': .*model\.layers\.0\.self_attn\.q_proj .*sample {position} ", first["token"]), first[
-        "token"
-    ]
-    assert re.search(r"'a': .*model\.layers\.1\.self_attn\.v_proj .*sample 0 ", first["value"]), first["value"]
-    assert re.search(r"'a': .*model\.layers\.1\.mlp\.down_proj .*sample 0 ", first["last"]), first["last"]
+    for case, module, where in (
+        ("token", r"layers\.0\.self_attn\.q_proj", r"batch \d+ on rank \d, which begins in line 10 \(the first is 1\);"),
+        ("value", r"layers\.1\.self_attn\.v_proj", r"batch 0 on rank 0, which begins in line \d+ "),
+        ("last", r"layers\.1\.mlp\.down_proj", r"batch 0 on rank 0, which begins in line \d+ "),
+    ):
+        assert re.search(rf"^calibration\.sources\.a: .*model\.{module} is not finite .*{where}", first[case]), first[case]
 
 
 def test_null_space_on_disk(tmp_path: Path) -> None:

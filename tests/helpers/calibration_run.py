@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from helpers.grams import whole_model_grams
 from helpers.stages import CPU, started
 from helpers.world import make_recipe, zero_config
 from nslora_dist import dist, pipeline
 from nslora_dist.base_config import load_config
 from nslora_dist.base_model import build_empty
-from nslora_dist.calibration.grams import whole_model_grams
 from nslora_dist.calibration.store import ModuleStart
 from nslora_dist.calibration_data import CalibrationTexts, text_batches
 from nslora_dist.effects import even_batches
@@ -197,10 +197,3 @@ def reference_grams(
         grams["calibration"] = torch.stack(mixture).sum(0)
         made[group] = Reference(grams, {name: x[modules[0]] @ x[modules[0]].T for name, x in held.items()})
     return made
-
-
-def one_bad_text(texts: Sequence[CalibrationTexts], token: int) -> tuple[str, int]:
-    """Source and position of the only sequence with this token."""
-    places = [(t.name, i) for t in texts for i, ids in enumerate(t.calibration) if token in ids.tolist()]
-    assert len(places) == 1
-    return places[0]

@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from helpers.grams import whole_model_grams
 from helpers.stages import CPU, started
 from helpers.world import FAMILIES, make_base, make_recipe, make_texts
 from nslora_dist.base_config import load_config
 from nslora_dist.base_model import build_empty
 from nslora_dist.batches import Batch
-from nslora_dist.calibration.grams import whole_model_grams
 from nslora_dist.calibration_data import text_batches
 from nslora_dist.input_groups import input_groups
 

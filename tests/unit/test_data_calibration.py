@@ -1,5 +1,6 @@
 """Calibration texts: which tokens become which sequences, held-out shares, and who accumulates what."""
 
+import json
 import random
 from pathlib import Path
 
@@ -92,6 +93,11 @@ def test_heldout_share_is_the_end_of_the_drawn_rows(
     source, probe = calibration_texts(section(path, probes={"p": path}, heldout_fraction=fraction), SP())
     assert len(source.heldout) == kept_back and len(source.calibration) == count - kept_back
     assert [s.tolist() for s in (*source.calibration, *source.heldout)] == [s.tolist() for s in whole.calibration]
+    texts = [json.loads(line)["text"] for line in Path(path).read_text().splitlines()]
+    lines = [int(origin.split()[1]) for origin in source.origins]
+    for line, sequence in zip(lines, (*source.calibration, *source.heldout), strict=True):
+        plain = SP()(texts[line - 1], add_special_tokens=False).input_ids
+        assert plain[:4] == sequence.tolist()[1:5] or plain[:6] == sequence.tolist()
     assert (whole.hash == source.hash) == (kept_back == 0)
     assert probe.weight is None and len(probe.calibration) == count and probe.heldout == []
 
@@ -113,6 +119,8 @@ def test_concatenate_joins_short_rows_into_full_sequences(tmp_path: Path, caplog
     joined = [s.tolist() for s in found.calibration if s.tolist() != own]
     # 3 + 4 + 3 + 5 + 3 tokens with <s> and </s>: three full sequences, nothing left over.
     assert len(joined) == 3 and len(found.calibration) == 4 and found.truncated == 1
+    at = [s.tolist() for s in found.calibration].index(own)
+    assert found.origins[at] == "line 3 (the first is 1)" and len(found.origins) == 4
     texts = tokenizer.decode([i for s in joined for i in s]).replace("<s>", " ").split("</s>")
     assert sorted(t.strip() for t in texts) == ["", "blue", "blue stone", "green", "lamp", "lamp lamp lamp"]
     assert len(calibration_texts(section(path, concatenate=True, samples=2), tokenizer)[0].calibration) == 2
