@@ -6,7 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ARM_LABELS = {"base": "base", "lora": "plain LoRA", "null_space": "null-space adapter", "null_lora": "Null-LoRA"}
+ARM_LABELS = {
+    "base": "base",
+    "lora": "plain LoRA",
+    "lora_frozen_a": "LoRA, random A frozen",
+    "null_space": "null-space adapter",
+    "null_lora": "Null-LoRA",
+}
 METHODS = {
     "lora_null": "LoRA-Null (arXiv 2503.02659): the update is confined to, or starts from, the directions that the "
     "calibration activations hardly use",

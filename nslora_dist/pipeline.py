@@ -282,7 +282,16 @@ def run_training(recipe: Recipe, device: torch.device) -> None:
 
 
 def run_calibration(recipe: Recipe, device: torch.device) -> None:
-    """``launch/calibrate.py``: writes ``null_space/``, for Null-LoRA ``weight_null_space/``, and stops."""
+    """``launch/calibrate.py``: writes ``null_space/``, for Null-LoRA ``weight_null_space/``, and stops.
+
+    Raises:
+        UserError: the recipe trains plain LoRA, which starts from no null space: nobody would read one.
+    """
+    if recipe.adapter.method == "lora":
+        raise UserError(
+            "adapter.method lora starts from no null space, so there is nothing to calibrate: start launch/train.py, "
+            "or set adapter.method=lora_null"
+        )
     run = Run(recipe, device)
     claim_folder(recipe)
     if recipe.adapter.method == "null_lora":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nslora_dist.artifacts import naming
 from nslora_dist.card import arm_label, ordered_arms
-from nslora_dist.recipe import ARM_NAMES
+from nslora_dist.recipe import arm_name
 
 if TYPE_CHECKING:  # matplotlib takes a second to import, and most ranks never draw
     from matplotlib.axes import Axes
@@ -53,8 +53,8 @@ def draw_plots(folder: Path, report: Mapping[str, Any]) -> list[str]:
 
 def own_arm(report: Mapping[str, Any]) -> str:
     """The recipe's own adapter among the arms."""
-    method = ((report.get("recipe") or {}).get("adapter") or {}).get("method")
-    return ARM_NAMES.get(str(method), "null_space")
+    adapter = (report.get("recipe") or {}).get("adapter") or {}
+    return arm_name(str(adapter.get("method")), freeze_a=adapter.get("freeze_a"))
 
 
 def interference_by_arm(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -20,6 +20,8 @@ from nslora_dist.zero_file import read_zero_config
 from nslora_dist.zero_knobs import check_knobs
 
 ARM_NAMES = {"lora_null": "null_space", "lora": "lora", "null_lora": "null_lora"}
+FROZEN_A = "lora_frozen_a"
+"""Of plain LoRA whose random A stays as it is: another method, by another name."""
 
 VOLATILE = (
     *("engine", "checkpoint", "resume", "output_dir", "base_model.config"),
@@ -139,7 +141,7 @@ class Recipe(Section):
     @property
     def arm_name(self) -> str:
         """The key of this recipe's own adapter in ``report.json``'s ``evaluation``."""
-        return ARM_NAMES[self.adapter.method]
+        return arm_name(self.adapter.method, freeze_a=self.adapter.freeze_a)
 
     def arm(self, baseline: str) -> "Recipe":
         """This recipe with a baseline's overrides in place, and no further baselines."""
@@ -164,6 +166,11 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """The resolved recipe, every default filled in and every secret masked."""
         return yaml.safe_dump(redact_all(self.model_dump(mode="json")), sort_keys=False, allow_unicode=True, width=120)
+
+
+def arm_name(method: str, *, freeze_a: bool | None) -> str:
+    """What an arm of this ``adapter`` section is called, where its recipe gives it no name."""
+    return FROZEN_A if method == "lora" and freeze_a else ARM_NAMES.get(method, "null_space")
 
 
 def without_volatile(tree: dict[str, Any]) -> dict[str, Any]:

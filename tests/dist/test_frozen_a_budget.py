@@ -69,8 +69,9 @@ def test_the_whole_way(world: Path) -> None:
     free = report["interference_by_arm"]["free"]
     assert "budget" not in free and free["rms"] > 2 * LIMIT
     card = (world / "whole" / "adapter" / "README.md").read_text()
+    assert "| LoRA, random A frozen | " in (world / "whole" / "report.md").read_text(), "not plain LoRA"
     assert f"within a budget of {LIMIT:g} for the root mean square over modules" in card
-    events = b"".join(path.read_bytes() for path in (world / "whole" / "tensorboard" / "lora").iterdir())
+    events = b"".join(path.read_bytes() for path in (world / "whole" / "tensorboard" / "lora_frozen_a").iterdir())
     assert b"interference_budget/spent" in events and b"interference/p_max" in events, "known while it trains"
 
 

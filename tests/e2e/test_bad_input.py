@@ -231,3 +231,8 @@ def test_torchrun_ends_too_and_leaves_the_folder_alone(launch: Callable[..., End
     assert "holds another recipe's run" in ended.one_line_error()
     assert contents(single_run) == before
     assert json.loads((single_run / "report.json").read_text())["engine"] == "single"
+
+
+def test_calibrating_for_an_adapter_that_reads_no_null_space_is_told(fails: Fails) -> None:
+    said = fails("adapter.method=lora", "evaluation.baselines={}", calibrate=True)
+    assert said.startswith("adapter.method lora starts from no null space, so there is nothing to calibrate")

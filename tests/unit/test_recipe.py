@@ -394,6 +394,7 @@ def test_a_budget_is_the_method_s_own_and_part_of_what_a_checkpoint_belongs_to(t
     assert recipe.arm("plain").adapter.interference_budget is recipe.arm("free").adapter.interference_budget is None
     frozen = {"method": "lora", "freeze_a": True}
     random = load_recipe(write(tmp_path, adapter=mine | frozen, evaluation={"baselines": {"own": {"adapter": frozen}}}))
+    assert random.arm_name == random.arm("own").arm_name == "lora_frozen_a"
     assert random.adapter.measures_a and random.arm("own").adapter.interference_budget is not None
     total = load_recipe(write(tmp_path, adapter=mine | {"budget_over": "total"}, evaluation={"baselines": arms}))
     assert identity(recipe, {}) != identity(total, {})
