@@ -116,6 +116,19 @@ class Entries:
             mean = sum(self.weights[name] * value for name, value in leaks.items()) / whole
             self.groups[group.name]["leak"]["heldout"] = mean
 
+    def tell_fallbacks(self) -> None:
+        """Says which groups the fast solver gave up on, for they took many times its time; rank 0 alone."""
+        fallen = [name for name, entry in self.groups.items() if entry["fell_back_to_eigh"]]
+        if fallen and dist.is_main():
+            log.warning(
+                "calibration: %d of %d groups were solved by eigh, several times as long, for the fast solver did not "
+                "meet its own bounds there (the first is %s); the null spaces are as good. "
+                "calibration.solver.method=eigh saves the attempt",
+                len(fallen),
+                len(self.groups),
+                fallen[0],
+            )
+
     def of_block(self, block: str) -> Part:
         """What there is of the block of this name."""
         groups, modules, tensors = (

@@ -117,6 +117,7 @@ class Calibration:
             if pending is not None:
                 watch.progress(f"solving block {count} of {count}")
                 self._finish(pending)
+        self.entries.tell_fallbacks()
         tokens = {text.name: sum(len(s) for s in (*text.calibration, *text.heldout)) for text in texts}
         manifest = {
             "settings": {"rank": self.adapter.rank, "a_init": self.adapter.a_init, "form": self.adapter.form},
