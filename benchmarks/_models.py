@@ -179,7 +179,7 @@ def random_job(recipe: Any) -> Any:
     """An engine's ``Job`` over the recipe's checkpoint, each A random: its values do not change what it costs."""
     from nslora_dist.attach import attach_adapters
     from nslora_dist.base_config import load_config
-    from nslora_dist.base_files import Checkpoint
+    from nslora_dist.base_files import BaseFiles
     from nslora_dist.base_model import build_empty, torch_dtype
     from nslora_dist.base_weights import fill_unit
     from nslora_dist.engines.base import Job, adapter_dtype
@@ -189,7 +189,7 @@ def random_job(recipe: Any) -> Any:
     model = build_empty(recipe.base_model, load_config(recipe.base_model))
     groups = target_groups(input_groups(model), recipe.adapter)
     attach_adapters(model, groups, recipe.adapter, adapter_dtype(recipe, torch_dtype(recipe.base_model)))
-    checkpoint = Checkpoint(Path(recipe.base_model.path))
+    checkpoint = BaseFiles(Path(recipe.base_model.path))
     generator = torch.Generator().manual_seed(0)
 
     def fill(unit: torch.nn.Module, name: str) -> None:

@@ -25,7 +25,7 @@ from _models import alternate, llama_config, recipe_tree, show, token_batches, w
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from nslora_dist.base_files import Checkpoint
+from nslora_dist.base_files import BaseFiles
 from nslora_dist.base_model import build_empty
 from nslora_dist.batches import Batch
 from nslora_dist.calibration.grams import Collector, GroupSums
@@ -48,7 +48,7 @@ def grams(recipe: Recipe, config: LlamaConfig, batches: list[Batch]) -> dict[str
     """Grams alone: what ``Calibration`` does for one source up to the solver."""
     model = build_empty(recipe.base_model, config)
     groups = target_groups(input_groups(model), recipe.adapter)
-    stream = BlockStream(model, Checkpoint(Path(recipe.base_model.path)), device=HERE, place="device")
+    stream = BlockStream(model, BaseFiles(Path(recipe.base_model.path)), device=HERE, place="device")
     texts = Texts("text", batches, device=HERE, keep=HERE)
     stream.embed([texts])
     found = {}
@@ -69,7 +69,7 @@ def solved(recipe: Recipe, config: LlamaConfig, batches: list[Batch]) -> None:
     groups = target_groups(input_groups(model), recipe.adapter)
     calibration = Calibration(
         model,
-        Checkpoint(Path(recipe.base_model.path)),
+        BaseFiles(Path(recipe.base_model.path)),
         groups,
         section=recipe.calibration,
         adapter=recipe.adapter,

@@ -29,7 +29,7 @@ HERE = torch.device("cpu")
 def calibrate(folder: str, settings: dict[str, Any]) -> Iterator[Any]:
     """One rank's calibration from the checkpoint folder."""
     from nslora_dist.base_config import load_config
-    from nslora_dist.base_files import Checkpoint
+    from nslora_dist.base_files import BaseFiles
     from nslora_dist.base_model import build_empty
     from nslora_dist.calibration.run import Calibration
     from nslora_dist.calibration_data import CalibrationTexts
@@ -46,7 +46,7 @@ def calibrate(folder: str, settings: dict[str, Any]) -> Iterator[Any]:
     start = time.perf_counter()
     model = build_empty(recipe.base_model, config)
     groups = target_groups(input_groups(model), recipe.adapter)
-    checkpoint = Checkpoint(Path(folder))
+    checkpoint = BaseFiles(Path(folder))
     calibration = Calibration(
         model, checkpoint, groups, section=recipe.calibration, adapter=recipe.adapter, device=HERE
     )

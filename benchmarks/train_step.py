@@ -27,7 +27,7 @@ from _models import alternate, llama_config, random_job, recipe_tree, show, toke
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from nslora_dist.base_files import Checkpoint
+from nslora_dist.base_files import BaseFiles
 from nslora_dist.base_model import build_empty, torch_dtype, units
 from nslora_dist.base_weights import fill_unit, finish
 from nslora_dist.batches import Batch
@@ -89,7 +89,7 @@ class AdapterFree:
 
     def __init__(self, recipe: Recipe, config: LlamaConfig) -> None:
         model = build_empty(recipe.base_model, config)
-        checkpoint = Checkpoint(Path(recipe.base_model.path))
+        checkpoint = BaseFiles(Path(recipe.base_model.path))
         for name, unit in units(model):
             fill_unit(unit, name, checkpoint, device=HERE)
         finish(model, device=HERE)

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from nslora_dist.adapter import AdaptedLinear
 from nslora_dist.attach import attach_adapters
-from nslora_dist.base_files import Checkpoint
+from nslora_dist.base_files import BaseFiles
 from nslora_dist.base_model import build_empty, torch_dtype
 from nslora_dist.base_weights import fill_unit
 from nslora_dist.calibration.store import NullSpace
@@ -41,7 +41,7 @@ class Arm:
 def make_job(
     arm: Recipe,
     config: PreTrainedConfig,
-    checkpoint: Checkpoint,
+    checkpoint: BaseFiles,
     groups: list[InputGroup],
     null_space: NullSpace | WeightNullSpace | None,
     *,

@@ -28,7 +28,7 @@ from nslora_dist.trainer import train
 
 
 @dataclass(frozen=True)
-class Bench:
+class RunContext:
     """What all arms of a run share.
 
     Attributes:
@@ -62,7 +62,7 @@ class Bench:
         return self.folder / "checkpoints" / ("" if name == self.own else f"baselines/{name}")
 
 
-def run_arm(arm: Arm, bench: Bench, report: dict[str, Any]) -> dict[str, Any]:
+def run_arm(arm: Arm, run: RunContext, report: dict[str, Any]) -> dict[str, Any]:
     """Trains one adapter, measures it and writes it, or takes up what an earlier run of the same left.
 
     Returns:
@@ -71,56 +71,56 @@ def run_arm(arm: Arm, bench: Bench, report: dict[str, Any]) -> dict[str, Any]:
     Raises:
         Preempted: a rank was asked to stop, and the state is on disk.
     """
-    hashes = bench.hashes | {"rows": arm.data.hash, "evaluation": evaluation_hash(bench.sets)}
-    folder = bench.adapter(arm.name)
-    finished = FinishedArm(bench.folder, arm.name, folder, arm=arm.recipe, hashes=hashes)
+    hashes = run.hashes | {"rows": arm.data.hash, "evaluation": evaluation_hash(run.sets)}
+    folder = run.adapter(arm.name)
+    finished = FinishedArm(run.folder, arm.name, folder, arm=arm.recipe, hashes=hashes)
     figures = finished.read()
     engine = None
     if figures is None:
-        engine, figures = _train(arm, bench, report, hashes, finished)
+        engine, figures = _train(arm, run, report, hashes, finished)
     report["evaluation"].setdefault("base", figures["base"])
     report["evaluation"][arm.name] = figures["scores"]
     report["interference_by_arm"][arm.name] = figures["interference"]
     report["trained_by"][arm.name] = figures["trained_by"]
-    if arm.name == bench.own:
+    if arm.name == run.own:
         report |= {"interference": figures["interference"], "adapter": str(folder)}
     if engine is not None:
-        with bench.clock.phase("export", arm.name):
-            export(engine, arm, folder, report, texts=bench.texts, base=bench.base, device=bench.device)
+        with run.clock.phase("export", arm.name):
+            export(engine, arm, folder, report, texts=run.texts, base=run.base, device=run.device)
             engine.close()
-            finished.write(figures | {"seconds": bench.clock.seconds})
+            finished.write(figures | {"seconds": run.clock.seconds})
     else:
         # The phases that were skipped took their time in the run that did them.
-        bench.clock.seconds = figures["seconds"] | {k: v for k, v in bench.clock.seconds.items() if k == "data"}
+        run.clock.seconds = figures["seconds"] | {k: v for k, v in run.clock.seconds.items() if k == "data"}
     return figures
 
 
 def _train(
-    arm: Arm, bench: Bench, report: dict[str, Any], hashes: dict[str, Any], finished: FinishedArm
+    arm: Arm, run: RunContext, report: dict[str, Any], hashes: dict[str, Any], finished: FinishedArm
 ) -> tuple[Engine, dict[str, Any]]:
     """Loads, trains and measures; the adapter is still in the engine."""
-    section, clock, device = arm.recipe.train, bench.clock, bench.device
-    made_of = {"base": bench.base, "rows": arm.data.hash, "null_space": start_hash(arm, bench.folder)}
+    section, clock, device = arm.recipe.train, run.clock, run.device
+    made_of = {"base": run.base, "rows": arm.data.hash, "null_space": start_hash(arm, run.folder)}
     if arm.recipe.adapter.measures_a:
-        made_of["texts"] = artifacts.hash_json([bench.hashes["data"], bench.hashes["settings"]])
+        made_of["texts"] = artifacts.hash_json([run.hashes["data"], run.hashes["settings"]])
     belongs_to = identity(arm.recipe, made_of)
     checkpoints = Checkpoints(
-        bench.checkpoints(arm.name), arm.recipe.checkpoint, belongs_to=belongs_to, engine=arm.recipe.engine.name
+        run.checkpoints(arm.name), arm.recipe.checkpoint, belongs_to=belongs_to, engine=arm.recipe.engine.name
     )
     with clock.phase("load", arm.name):
         checkpoints.look()
-        engine = start_engine(bench.job(arm), arm.recipe)
-    kept = BaseScores(bench.folder, arm=arm.recipe, base=bench.base, evaluation=hashes["evaluation"])
+        engine = start_engine(run.job(arm), arm.recipe)
+    kept = BaseScores(run.folder, arm=arm.recipe, base=run.base, evaluation=hashes["evaluation"])
     base = report["evaluation"].get("base") or kept.read()
     if base is None:
         # Every adapter starts as the base's own function, the residual form but for the rounding of two products that
         # cancel, so the first arm's engine stands for the base.
         with clock.phase("evaluation", "the base"):
-            base = evaluate(engine, bench.sets.before_training(), device=device)
+            base = evaluate(engine, run.sets.before_training(), device=device)
             kept.write(base)
-    tensorboard = bench.folder / "tensorboard" / arm.name
+    tensorboard = run.folder / "tensorboard" / arm.name
     with clock.phase("training", arm.name), Scalars(tensorboard, start=checkpoints.step) as scalars:
-        budget = Budget.of(engine, arm.recipe, bench.texts, device=device)
+        budget = Budget.of(engine, arm.recipe, run.texts, device=device)
         trained = train(
             engine,
             arm.data,
@@ -135,11 +135,11 @@ def _train(
     measured = finished.read_measured(state)
     if measured is None:
         with clock.phase("evaluation", arm.name):
-            scores = evaluate(engine, bench.sets, device=device) | {"learning_rate": section.learning_rate}
+            scores = evaluate(engine, run.sets, device=device) | {"learning_rate": section.learning_rate}
             size = arm.recipe.calibration.batch_size
-            effects = measure(engine, bench.texts, batch_size=size, device=device)
+            effects = measure(engine, run.texts, batch_size=size, device=device)
             found = final_interference(engine, arm.data, effects, device=device)
-            interference = summarise(found, bench.texts, divergence(effects))
+            interference = summarise(found, run.texts, divergence(effects))
             if budget is not None:
                 interference["budget"] = budget.facts()
         measured = {"scores": scores, "interference": interference, "seconds": clock.seconds["evaluation"]}

@@ -26,7 +26,7 @@ COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "LICENSE*",
 """Beside the weights: config, tokenizer, chat template, licence."""
 
 
-class Checkpoint:
+class BaseFiles:
     """A folder of safetensors, single-file or indexed, read tensor by tensor."""
 
     def __init__(self, folder: Path) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from nslora_dist import dist
 from nslora_dist.adapter import Adapter
-from nslora_dist.base_files import Checkpoint
+from nslora_dist.base_files import BaseFiles
 from nslora_dist.frozen import FrozenLinear
 
 PIECE_BYTES = 4 * 2**20
@@ -27,7 +27,7 @@ PIECE_BYTES = 4 * 2**20
 
 
 @torch.no_grad()
-def fill_unit(unit: nn.Module, name: str, checkpoint: Checkpoint, *, device: torch.device) -> None:
+def fill_unit(unit: nn.Module, name: str, checkpoint: BaseFiles, *, device: torch.device) -> None:
     """Gives one unit's base parameters their values on ``device``, 4-bit ones packed; adapters are left alone.
 
     A parameter that is a DTensor already, sharded by rows, is given this rank's; no other rank reads or sends them.

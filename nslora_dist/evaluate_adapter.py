@@ -14,7 +14,7 @@ from nslora_dist import dist, watch
 from nslora_dist.adapter_set import AdapterSet, put_to_work
 from nslora_dist.artifacts import write_json
 from nslora_dist.base_config import check_context, check_tokens, context_of, load_config
-from nslora_dist.base_files import Checkpoint, locate
+from nslora_dist.base_files import BaseFiles, locate
 from nslora_dist.base_model import build_empty, torch_dtype
 from nslora_dist.base_weights import fill_unit
 from nslora_dist.calibration_data import calibration_texts
@@ -60,7 +60,7 @@ def run_evaluation(recipe: Recipe, device: torch.device, *, adapter: Sequence[st
     with dist.together("reading the adapters"):
         _claim(target)
         base = locate(recipe.base_model)
-        checkpoint = Checkpoint(base)
+        checkpoint = BaseFiles(base)
         config = load_config(recipe.base_model)
         check_context(config, "calibration.sequence_length", recipe.calibration.sequence_length)
         shapes = linear_shapes(recipe, config)
@@ -174,7 +174,7 @@ def read_fitting(name: str, folder: Path, shapes: Mapping[str, LinearShape]) -> 
 def make_set_job(
     recipe: Recipe,
     config: PreTrainedConfig,
-    checkpoint: Checkpoint,
+    checkpoint: BaseFiles,
     shapes: Mapping[str, LinearShape],
     stored: Mapping[str, StoredLora],
     *,
@@ -207,7 +207,7 @@ def make_set_job(
 
 
 def _describe(
-    stored: Mapping[str, StoredLora], folders: Mapping[str, Path], checkpoint: Checkpoint
+    stored: Mapping[str, StoredLora], folders: Mapping[str, Path], checkpoint: BaseFiles
 ) -> dict[str, dict[str, Any]]:
     """Path, modules, ranks, and whether it was made on this base: None where its folder does not say."""
     described: dict[str, dict[str, Any]] = {}

@@ -11,7 +11,7 @@ import torch
 
 from nslora_dist import artifacts, dist, folders, watch
 from nslora_dist.base_config import load_config
-from nslora_dist.base_files import Checkpoint, locate
+from nslora_dist.base_files import BaseFiles, locate
 from nslora_dist.errors import UserError, unwritable
 from nslora_dist.export import Factors, write_adapter
 from nslora_dist.merge_recipe import SPARSE, MergeRecipe, NscSection
@@ -94,7 +94,7 @@ def _check_base(recipe: MergeRecipe, tasks: Sequence[Task]) -> None:
             )
     if not carried:
         return
-    fingerprint = Checkpoint(locate(recipe.base_model)).fingerprint()
+    fingerprint = BaseFiles(locate(recipe.base_model)).fingerprint()
     for task in carried:
         assert task.provenance is not None
         if task.provenance.base != fingerprint:
@@ -194,7 +194,7 @@ class _Model:
         base = recipe.base_model
         assert base is not None
         self.target = target
-        self.checkpoint = Checkpoint(locate(base))
+        self.checkpoint = BaseFiles(locate(base))
         config = load_config(base)
         kind = model_task(base, tasks, config)
         self.names = checkpoint_names(module_names(tasks), self.checkpoint, config, kind=kind)

@@ -9,9 +9,9 @@ import torch
 
 from nslora_dist import artifacts, dist, watch
 from nslora_dist.arm_job import Arm, make_job
-from nslora_dist.arm_stage import Bench, run_arm
+from nslora_dist.arm_stage import RunContext, run_arm
 from nslora_dist.base_config import check_context, check_tokens, context_of, load_config
-from nslora_dist.base_files import Checkpoint, locate
+from nslora_dist.base_files import BaseFiles, locate
 from nslora_dist.base_model import build_empty
 from nslora_dist.budget import check_references
 from nslora_dist.calibration import store
@@ -49,7 +49,7 @@ class Run:
         self.clock = Clock()
         with dist.together("finding the base model"):
             self.base_folder = locate(recipe.base_model)
-            self.checkpoint = Checkpoint(self.base_folder)
+            self.checkpoint = BaseFiles(self.base_folder)
             self.config = load_config(recipe.base_model)
             check_context(self.config, "calibration.sequence_length", recipe.calibration.sequence_length)
         self.groups = self._groups(recipe)
@@ -207,7 +207,7 @@ class Run:
             },
             "rows": self._row_counts(data, sets),
         }
-        bench = Bench(
+        shared = RunContext(
             folder=self.folder,
             device=self.device,
             texts=self.texts,
@@ -221,7 +221,7 @@ class Run:
         for name, arm in arms.items():
             start = weights.get(name, null_space if _fits(arm, recipe) else None)
             arm_data = data if arm.train == recipe.train else data.dealt_by(arm.train)
-            figures = run_arm(Arm(name, arm, start, arm_data), bench, report)
+            figures = run_arm(Arm(name, arm, start, arm_data), shared, report)
             if arm is recipe:
                 report |= {key: figures[key] for key in ("losses", "grad_norms", "skipped", "tokens_per_second")}
         report |= {"seconds": self.clock.seconds, **self._memory()}

@@ -28,7 +28,7 @@ class Provenance:
     """Where an adapter comes from.
 
     Attributes:
-        base: sha256 fingerprint of the base checkpoint (``Checkpoint.fingerprint``).
+        base: sha256 fingerprint of the base checkpoint (``BaseFiles.fingerprint``).
         calibration: hash over the calibration that fixed its A; None for an adapter without one.
         base_model: hub name or folder of the base, for messages.
     """

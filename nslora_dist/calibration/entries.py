@@ -59,19 +59,19 @@ class Entries:
             sums: source → its sums over all ranks.
         """
         self._keep(f"{group.name}.basis", solution.basis)
-        self._keep(f"{group.name}.eigenvalues", solution.facts[3:])
+        self._keep(f"{group.name}.eigenvalues", solution.eigenvalues)
         if solution.spectrum.numel():
             self._keep(f"{group.name}.spectrum", solution.spectrum)
         for number, name in enumerate((*sums, MIXTURE)):
             self._keep(f"{group.name}.update_gram.{name}", solution.update_grams[number])
         for name, b in solution.start_b.items():
             self._keep(f"{name}.start_B", b)
-        leaks, energies = solution.facts[:3].tolist(), traces(group, sums)
+        energies = traces(group, sums)
         self.groups[group.name] = {
             "modules": [shape.name for shape in group.modules],
             "in_features": group.in_features,
-            "fell_back_to_eigh": bool(leaks[2]),
-            "leak": {"calibration": leaks[0], "heldout": None, "random": leaks[1]},
+            "fell_back_to_eigh": bool(solution.fell_back),
+            "leak": {"calibration": float(solution.leak), "heldout": None, "random": float(solution.random_leak)},
         }
         for number, shape in enumerate(group.modules):
             if len(solution.mixes):

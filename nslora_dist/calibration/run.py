@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from nslora_dist import dist, watch
-from nslora_dist.base_files import Checkpoint
+from nslora_dist.base_files import BaseFiles
 from nslora_dist.calibration.entries import Entries, Sums, traces
 from nslora_dist.calibration.grams import NONE_BAD, Collector, GroupSums
 from nslora_dist.calibration.parts import AGAIN, Parts
@@ -50,7 +50,7 @@ class Calibration:
     def __init__(
         self,
         model: PreTrainedModel,
-        checkpoint: Checkpoint,
+        checkpoint: BaseFiles,
         groups: Sequence[InputGroup],
         *,
         section: CalibrationSection,

@@ -25,7 +25,8 @@ class Solution:
 
     Attributes:
         basis: (d_in, r) float32.
-        facts: (3 + r,) float64: leak, a random basis's leak, whether ``eigh`` had to step in, the r eigenvalues.
+        facts: (3 + r,) float64, what follows in one piece, for it travels: ``leak``, ``random_leak``, ``fell_back``
+            (whether ``eigh`` had to step in), each (), and ``eigenvalues``, (r,).
         update_grams: (sources + 1, r, r) float32 Uᵀ G U of every source in order, then of their mixture.
         mixes: (modules, r, r) float32 M with A₀ = M Uᵀ; no modules for a_init: orthonormal.
         spectrum: (d_in,) float64 all eigenvalues of the mixture; (0,) for wide groups.
@@ -58,6 +59,26 @@ class Solution:
             spectrum=zeros(width if width <= SPECTRUM_WIDTH else 0, dtype=torch.float64),
             start_b={name: zeros(size, rank) for name, size in outputs.items()} if residual else {},
         )
+
+    @property
+    def leak(self) -> Tensor:
+        """See ``facts``, of which this is a view."""
+        return self.facts[0]
+
+    @property
+    def random_leak(self) -> Tensor:
+        """See ``facts``, of which this is a view."""
+        return self.facts[1]
+
+    @property
+    def fell_back(self) -> Tensor:
+        """See ``facts``, of which this is a view."""
+        return self.facts[2]
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """See ``facts``, of which this is a view."""
+        return self.facts[3:]
 
     def tensors(self) -> list[Tensor]:
         """What travels, in a fixed order."""
@@ -102,10 +123,10 @@ def solve_group(
     )
     basis = found.basis.float().contiguous()
     solution.basis = basis
-    solution.facts[0] = leak(mixture, basis)
-    solution.facts[1] = random_leak(mixture, rank=rank, seed=section.seed)
-    solution.facts[2] = float("fallback" in found.method)
-    solution.facts[3:] = found.eigenvalues
+    solution.leak.fill_(leak(mixture, basis))
+    solution.random_leak.fill_(random_leak(mixture, rank=rank, seed=section.seed))
+    solution.fell_back.fill_("fallback" in found.method)
+    solution.eigenvalues.copy_(found.eigenvalues)
     for number, gram in enumerate((*grams.values(), mixture)):
         solution.update_grams[number] = gram_in_basis(gram, basis)
     if solution.spectrum.numel():

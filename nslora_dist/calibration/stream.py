@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nslora_dist.base_files import Checkpoint
+from nslora_dist.base_files import BaseFiles
 from nslora_dist.base_model import blocks
 from nslora_dist.base_weights import empty_unit, fill_rotary, fill_unit, return_freed_memory
 from nslora_dist.batches import Batch
@@ -55,7 +55,7 @@ class BlockStream:
     """
 
     def __init__(
-        self, model: PreTrainedModel, checkpoint: Checkpoint, *, device: torch.device, place: Literal["device", "host"]
+        self, model: PreTrainedModel, checkpoint: BaseFiles, *, device: torch.device, place: Literal["device", "host"]
     ) -> None:
         """``model`` is empty (on the meta device) and stays so but for what is loaded."""
         self.model = model

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from nslora_dist import artifacts, dist, watch
-from nslora_dist.base_files import Checkpoint
+from nslora_dist.base_files import BaseFiles
 from nslora_dist.base_model import blocks
 from nslora_dist.base_weights import empty_unit, fill_unit
 from nslora_dist.calibration import store
@@ -117,7 +117,7 @@ class WeightNullSpace(Stored):
 
 def weight_null_spaces(
     model: PreTrainedModel,
-    checkpoint: Checkpoint,
+    checkpoint: BaseFiles,
     groups: Sequence[InputGroup],
     *,
     adapter: AdapterSection,
@@ -253,7 +253,7 @@ def _entry(found: WeightNull) -> dict[str, Any]:
 
 def reuse_or_make(
     run: Path,
-    checkpoint: Checkpoint,
+    checkpoint: BaseFiles,
     arm: Recipe,
     groups: Sequence[InputGroup],
     *,

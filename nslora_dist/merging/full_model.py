@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from nslora_dist import artifacts, watch
-from nslora_dist.base_files import COMPANIONS, Checkpoint
+from nslora_dist.base_files import COMPANIONS, BaseFiles
 from nslora_dist.errors import UserError
 from nslora_dist.explain import nearest
 from nslora_dist.merging.model import AUTO_CLASSES
@@ -28,7 +28,7 @@ DTYPES = {
 }
 
 
-def copy_base(checkpoint: Checkpoint, target: Path) -> None:
+def copy_base(checkpoint: BaseFiles, target: Path) -> None:
     """Copies the base's safetensors shards and what lies beside them; code and other formats of its weights stay.
 
     The weights' index is among it, for shards keep their names and tensors their places. Block by block, each of which
@@ -58,7 +58,7 @@ def _blocks(path: Path) -> Iterator[bytes]:
 
 
 def checkpoint_names(
-    modules: Iterable[str], checkpoint: Checkpoint, config: PreTrainedConfig, *, kind: str
+    modules: Iterable[str], checkpoint: BaseFiles, config: PreTrainedConfig, *, kind: str
 ) -> dict[str, str]:
     """Module → the tensor that holds its weight on disk.
 

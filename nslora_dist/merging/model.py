@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from nslora_dist import dist, watch
 from nslora_dist.base_config import load_config
-from nslora_dist.base_files import Checkpoint, locate
+from nslora_dist.base_files import BaseFiles, locate
 from nslora_dist.base_model import build_empty, torch_dtype, units
 from nslora_dist.base_weights import fill_unit, finish
 from nslora_dist.errors import UserError
@@ -151,7 +151,7 @@ def _load_units(
 ) -> tuple[nn.Module, dict[str, MergedLinear]]:
     with dist.together("finding the base model"):
         model = build_empty(base, config)
-        checkpoint = Checkpoint(locate(base))
+        checkpoint = BaseFiles(locate(base))
         known = {name: m for name, m in model.named_modules() if isinstance(m, FrozenLinear)}
         _check_targets(wanted, known, base)
     sharded = base.shard and dist.world_size() > 1

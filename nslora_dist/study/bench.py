@@ -10,7 +10,7 @@ from torch import Tensor
 from nslora_dist import artifacts
 from nslora_dist.arm_job import make_job
 from nslora_dist.base_config import load_config
-from nslora_dist.base_files import Checkpoint
+from nslora_dist.base_files import BaseFiles
 from nslora_dist.base_model import build_empty
 from nslora_dist.calibration.run import Calibration
 from nslora_dist.calibration.store import NullSpace
@@ -42,7 +42,7 @@ class Bench:
         """The base must be there (``bases.make_base``)."""
         self.study, self.size, self.device = study, size, device
         self.folder = base_folder(study, size)
-        self.checkpoint = Checkpoint(self.folder / "base")
+        self.checkpoint = BaseFiles(self.folder / "base")
         self.base_hash = self.checkpoint.fingerprint()[:16]
         self.made: dict[str, Any] = {}
 

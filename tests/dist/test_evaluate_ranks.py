@@ -17,7 +17,7 @@ from helpers.world import make_base, make_recipe, make_texts, words, write_rows,
 from nslora_dist import dist, watch
 from nslora_dist.adapter_set import AdapterSet, put_to_work
 from nslora_dist.base_config import load_config
-from nslora_dist.base_files import Checkpoint
+from nslora_dist.base_files import BaseFiles
 from nslora_dist.data import Batch
 from nslora_dist.engines import start_engine
 from nslora_dist.errors import UserError
@@ -104,7 +104,7 @@ def logits(folder: Path, engine: str) -> dict[str, dict[str | None, Tensor]]:
         config = load_config(recipe.base_model)
         shapes = linear_shapes(recipe, config)
         stored = {adapter: read_fitting(adapter, folder / adapter, shapes) for adapter in "ab"}
-        checkpoint = Checkpoint(folder / "base")
+        checkpoint = BaseFiles(folder / "base")
         engine_ = start_engine(make_set_job(recipe, config, checkpoint, shapes, stored, device=CPU), recipe)
         seen: list[Tensor] = []
         engine_.model.lm_head.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))

@@ -24,7 +24,7 @@ from helpers.nasty import TEXTS, as_json, leaves, mutated, safetensors_file, spo
 from helpers.world import make_base
 from nslora_dist import artifacts, manifests
 from nslora_dist.base_config import load_config
-from nslora_dist.base_files import Checkpoint
+from nslora_dist.base_files import BaseFiles
 from nslora_dist.base_model import build_empty
 from nslora_dist.calibration import store
 from nslora_dist.calibration.weights import WeightNullSpace
@@ -274,7 +274,7 @@ def test_headers_of_a_base(base: Path, data: st.DataObject) -> None:
     write(index, as_json(tree))
 
     def load() -> None:
-        checkpoint = Checkpoint(folder)
+        checkpoint = BaseFiles(folder)
         (folder / "config.json").write_text("{}")
         checkpoint.fingerprint()
         for name in "abc":

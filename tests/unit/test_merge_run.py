@@ -34,7 +34,7 @@ from helpers.merge_world import (
 )
 from nslora_dist import artifacts, base_files, command, watch
 from nslora_dist.artifacts import write_sealed
-from nslora_dist.base_files import Checkpoint
+from nslora_dist.base_files import BaseFiles
 from nslora_dist.errors import EXIT_USER_ERROR, Preempted, StorageError, UserError
 from nslora_dist.evaluate_adapter import run_evaluation
 from nslora_dist.export import PLAIN_STARTS, Factors, read_adapter
@@ -626,7 +626,7 @@ def test_a_base_is_copied_in_blocks_that_count_as_progress(
     (tmp_path / "copy").mkdir()
     said: list[str] = []
     monkeypatch.setattr(watch, "progress", said.append)
-    full_model.copy_base(Checkpoint(sound / "base"), tmp_path / "copy")
+    full_model.copy_base(BaseFiles(sound / "base"), tmp_path / "copy")
     weights = (sound / "base/model.safetensors").read_bytes()
     assert said.count("copying model.safetensors") == -(-len(weights) // (1 << 12)) > 10
     assert (tmp_path / "copy/model.safetensors").read_bytes() == weights
@@ -647,7 +647,7 @@ def test_a_full_model_s_files_are_fetched_with_its_weights(tmp_path: Path, monke
         return str(tmp_path / "cache")
 
     monkeypatch.setattr(base_files, "snapshot_download", snapshot)
-    base = Checkpoint(base_files.locate(MergeBase(path="org/base")))
+    base = BaseFiles(base_files.locate(MergeBase(path="org/base")))
     (tmp_path / "out").mkdir()
     full_model.copy_base(base, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == kept | {"model.safetensors"}
@@ -748,7 +748,7 @@ def test_shipped_recipe_merges_what_the_demo_leaves(tmp_path: Path) -> None:
     given = [f"output_dir={tmp_path / 'out'}"]
     for name, rank, calibration in (("null_space", 16, "2" * 64), ("lora", 8, None)):
         folder = make_adapter(tmp_path / name, base, "llama", seed=rank, r=rank, lora_alpha=rank)
-        write_provenance(folder, Provenance(Checkpoint(base).fingerprint(), calibration, str(base)))
+        write_provenance(folder, Provenance(BaseFiles(base).fingerprint(), calibration, str(base)))
         given.append(f"adapters.{name}.path={folder}")
     run_merge(load_merge_recipe("merge_tiny", given), CPU)
     found, _ = read_adapter(tmp_path / "out/adapter")

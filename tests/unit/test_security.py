@@ -15,7 +15,7 @@ from helpers.merge_world import recipe as merge_recipe
 from helpers.world import make_base, make_recipe, make_texts
 from nslora_dist import named
 from nslora_dist.base_config import load_config
-from nslora_dist.base_files import Checkpoint, locate
+from nslora_dist.base_files import BaseFiles, locate
 from nslora_dist.errors import UserError
 from nslora_dist.export import Factors, write_adapter
 from nslora_dist.live_calibration import calibrate
@@ -161,7 +161,7 @@ def test_a_pickled_base_is_refused(base: Path, tmp_path: Path, canary: Path) -> 
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(canary)))
     with pytest.raises(UserError, match="only safetensors are read"):
-        Checkpoint(locate(BaseModelSection(path=str(folder))))
+        BaseFiles(locate(BaseModelSection(path=str(folder))))
     for name, seed in (("a", 0), ("b", 1)):
         module = "bert.encoder.layer.0.attention.self.query"
         torch.manual_seed(seed)
