@@ -9,8 +9,10 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+# The build of PyTorch that .venv has; another one that is asked for makes it anew.
+BUILT := $(shell cat $(VENV)/.build 2>/dev/null)
 # cpu pulls no CUDA package; on a GPU machine give PyTorch's name of the build instead, as in: make setup TORCH_BUILD=cu130
-TORCH_BUILD ?= cpu
+TORCH_BUILD ?= $(or $(BUILT),cpu)
 ifeq ($(shell uname -s),Darwin)
 TORCH_SPEC := torch==$(TORCH)
 else
@@ -48,18 +50,23 @@ faults: $(READY)
 
 setup: $(READY)
 
+ifneq ($(TORCH_BUILD),$(BUILT))
+.PHONY: $(READY)
+endif
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 12) else \
 		"error: Python 3.11 or 3.12 is needed, $(PYTHON) is %d.%d; give another: make PYTHON=python3.11" % v)'
 	@rm -f $@
 	@test -x $(VENV)/bin/python || { echo "== .venv with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
-	@echo "== installing $(TORCH_SPEC) (200 MB)"
+	@test -z "$(BUILT)" -o "$(BUILT)" = "$(TORCH_BUILD)" || $(VENV)/bin/python -m pip uninstall -qq -y torch
+	@echo "== installing $(TORCH_SPEC) (200 MB and more)"
 	@$(PIP) "$(TORCH_SPEC)" $(TORCH_INDEX) -c constraints.txt 2>/dev/null || { \
 		echo "== pip's sources have no such build: taking their torch==$(TORCH), which may bring CUDA packages along"; \
-		echo "   (to avoid that: make TORCH_INDEX='--index-url URL' with the CPU index of PyTorch's install page)"; \
+		echo "   (to avoid that: make TORCH_INDEX='--index-url URL' with that build's index, from PyTorch's install page)"; \
 		$(PIP) "torch==$(TORCH)" -c constraints.txt; }
 	@echo "== installing nslora_dist and what it needs, pinned in constraints.txt (a few minutes)"
 	@$(PIP) -c constraints.txt -e ".[dev]"
+	@echo $(TORCH_BUILD) > $(VENV)/.build
 	@touch $@
 	@echo "== ready"
 

@@ -42,8 +42,8 @@ class MergedAdapter(Section):
     path: Where
     """The adapter's folder."""
     coefficient: Finite | None = None
-    """λ of its ΔW, in ``gram`` of its Grams, in ``nsc`` where λ starts; all adapters have one or none: 1, in ``nsc``
-    ``nsc.initial``."""
+    """λ of its ΔW, in ``gram`` of its Grams, in ``nsc`` where λ starts. All adapters have one, or none: then it is 1,
+    in ``nsc`` ``nsc.initial``."""
 
 
 class Inputs(Texts):

@@ -36,7 +36,7 @@ CHANGES = """\
 ## What may change while a run goes on
 
 A run's folder belongs to one recipe. Between two starts these may differ, for they say how and where it is computed,
-not what:
+not what, and which lm-eval tasks are asked, so that one that fails can be left out:
 """
 WORDS = {bool: "true or false", int: "integer", float: "number", str: "text", Any: "anything"}
 BOUNDS = {annotated_types.Ge: ("ge", "≥"), annotated_types.Gt: ("gt", ">"), annotated_types.Le: ("le", "≤")} | {
@@ -118,7 +118,9 @@ def _members(kind: Any) -> list[Any]:
 def _type(field: FieldInfo, *, many: bool, section: Any) -> str:
     if section is not None:
         return "sections by name" if many else "section"
-    return _words(field.annotation, field.metadata)
+    words = _words(field.annotation, field.metadata)
+    may_be_null = NoneType in get_args(field.annotation)  # said by a default of null, if that is it
+    return f"{words} or `null`" if may_be_null and field.default is not None else words
 
 
 def _words(kind: Any, metadata: Sequence[Any] = ()) -> str:

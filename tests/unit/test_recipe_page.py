@@ -47,6 +47,7 @@ def test_types_and_defaults_are_those_of_the_code() -> None:
         "| `limit` | integer ≥ 1 or number > 0 and < 1 | `null` |",
         "| `betas` | [number ≥ 0 and < 1, number ≥ 0 and < 1] | `[0.9, 0.999]` |",
         "| `learning_rate` | number > 0 | *required* |",
+        "| `every` | integer ≥ 1 or `null` | `100` |",
         "| `packing` | true or false | `false` |",
         "| `placement` | `rank0` or `spread` | `rank0` |",
         "| `output_dir` | path or name | `runs/<name>` |",
