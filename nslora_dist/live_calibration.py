@@ -24,11 +24,10 @@ from nslora_dist.null_space import (
     gram_in_basis,
     leak,
     null_basis,
-    pack_triangle,
     projected_init,
     random_leak,
-    unpack_triangle,
 )
+from nslora_dist.triangle import pack_triangle, unpack_triangle
 
 A_INITS: tuple[str, ...] = ("orthonormal", "projected")
 METHODS: tuple[str, ...] = ("fast", "eigh")

@@ -28,9 +28,9 @@ from nslora_dist.calibration_data import CalibrationTexts, text_batches
 from nslora_dist.errors import Preempted, UserError
 from nslora_dist.frozen import FrozenLinear
 from nslora_dist.input_groups import InputGroup
-from nslora_dist.null_space import pack_triangle, unpack_triangle
 from nslora_dist.recipe_adapter import AdapterSection
 from nslora_dist.recipe_data import CalibrationSection
+from nslora_dist.triangle import pack_triangle, unpack_triangle
 
 
 @dataclass

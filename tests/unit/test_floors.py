@@ -13,7 +13,7 @@ FLOORS = (
     "errors explain zero_file zero_knobs recipe recipe_adapter recipe_data recipe_file recipe_lm_eval recipe_train "
     "recipe_types yaml_file redact named dist watch clock logs meeting peers reasons guard quiet eigensolver "
     "null_space weight_null linear nf4 frozen adapter adapter_set null_lora artifacts folders machine manifests "
-    "provenance merge_recipe",
+    "provenance merge_recipe triangle",
     "bad_rows json_rows column_rows rows heads batches samples data calibration_data base_files base_config base_model "
     "base_weights input_groups attach calibration supervised card export engines run_folder update_grams "
     "merging",

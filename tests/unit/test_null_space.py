@@ -15,11 +15,10 @@ from nslora_dist.null_space import (
     leak,
     mix_grams,
     null_basis,
-    pack_triangle,
     projected_init,
     random_leak,
-    unpack_triangle,
 )
+from nslora_dist.triangle import pack_triangle, unpack_triangle
 
 WIDTH = 512  # the smallest width that the fast solver takes on
 RANK = 8
