@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from nslora_dist.recipe import BaseModelSection
 from nslora_dist.recipe_data import Texts
 from nslora_dist.recipe_file import load_recipe_as
-from nslora_dist.recipe_types import Count, Name, Positive, Section, Seed, Where
+from nslora_dist.recipe_types import Count, LocalPath, Name, Positive, Section, Seed, Where
 from nslora_dist.redact import redact_all
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -28,90 +28,101 @@ SPARSE = ("ties", "dare_ties")
 
 
 class MergeBase(BaseModelSection):
-    """The base that all adapters belong to."""
+    """The base that all adapters belong to: any model whose adapted layers are ``nn.Linear``.
+
+    ``dtype``, ``quantization`` and, where it has the LLaMA layout, ``attention`` are for method nsc, which runs it.
+    """
 
     shard: bool = False
-    """Spread a LLaMA-layout base over the ranks (FSDP2)."""
+    """For nsc on a base of the LLaMA layout: spreads it over the ranks (FSDP2), where it fits no single one."""
     task: Task | None = None
-    """Which head the model is loaded with; the one that the adapters name where it is left out."""
+    """Which head the model is loaded with; null takes the one that the adapters, or the base's config, name."""
 
 
 class MergedAdapter(Section):
-    """A PEFT LoRA folder and its coefficient."""
+    """A PEFT LoRA folder and its coefficient λ."""
 
-    path: Where
-    """The adapter's folder."""
+    path: LocalPath
+    """The adapter's folder, ours or anybody's."""
     coefficient: Finite | None = None
-    """λ of its ΔW, in ``gram`` of its Grams, in ``nsc`` where λ starts. All adapters have one, or none: then it is 1,
-    in ``nsc`` ``nsc.initial``."""
+    """λ: of its ΔW, in ``gram`` of its Grams and above 0, in ``nsc`` where λ starts. All adapters have one, or none:
+    null is 1, in nsc ``nsc.initial``."""
 
 
 class Inputs(Texts):
-    """A few unlabelled inputs of one adapter's task: texts, or a safetensors file of ready model inputs."""
+    """A few unlabelled inputs of one adapter's task: texts, or a safetensors file of ready model inputs.
 
+    Of the latter, such as pixel values, ``path`` and ``samples`` alone are read.
+    """
+
+    path: Where
+    """Texts as a local .json, .jsonl, .ndjson or .parquet file, a local folder or a hub dataset; or a .safetensors
+    file."""
     samples: Count = 32
-    """Inputs that are used."""
+    """Inputs of the task at most."""
     max_length: Count = 512
-    """Tokens an input at most."""
+    """Tokens of a text, to which longer ones are cut."""
 
 
 class NscSection(Section):
-    """Null-space compression (docs/methods.md §3)."""
+    """Null-space compression (docs/methods.md §3); for method nsc alone, with all defaults where it is left out."""
 
     granularity: Literal["block", "module"] = "block"
-    """What has a λ of its own for each task."""
+    """Whether all modules of a block share an adapter's λ, or each has its own."""
     target_fraction: Share = 0.25
-    """Of the adapted blocks, counted from the last: where ω is lowered."""
+    """Share of the blocks, counted from the last, whose null-space ratio is lowered."""
     initial: Finite = 0.4
-    """Where every λ starts that no ``coefficient`` is given for."""
+    """Where λ starts, if the adapters have no coefficients."""
     learning_rate: Positive | None = None
-    """AdamW's, on λ; 3e-4, for images 1e-3, where it is left out."""
+    """AdamW's rate for λ; null: 3e-4, for images 1e-3."""
     steps: Count | None = None
-    """500, for images 100, where it is left out."""
+    """Optimizer steps; null: 500, for images 100."""
     batch_size: Count = 4
-    """Inputs a task and step, over all ranks."""
+    """Inputs of each task in a step, over all ranks."""
     activation_checkpointing: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    """Computes activations again in the backward pass: less memory, more time."""
     seed: Seed = 0
-    """Of the order of inputs."""
+    """Decides which texts are drawn, and the order of inputs."""
 
 
 class SparseSection(Section):
-    """TIES and DARE: the share of each ΔW's entries that stay, by magnitude (ties) or by chance (dare_ties)."""
+    """TIES and DARE; for methods ties and dare_ties alone, with all defaults where it is left out."""
 
     density: Share = 0.2
-    """Share of the entries that stay."""
+    """Share of each ΔW's entries that stay, by magnitude (ties) or by chance (dare_ties)."""
     seed: Seed = 0
-    """Of what DARE drops."""
+    """Decides what dare_ties drops, and where the search for the factors of ``target_rank`` starts."""
 
 
 class MergeRecipe(Section):
     """One merge, whole."""
 
     name: Name
-    """Of the merge, in its report."""
+    """Of the merge, for the adapter's card and ``output_dir``."""
     base_model: MergeBase | None = None
-    """For ``nsc``, which runs it, and for ``output: model``."""
+    """Needed by method nsc and for ``output: model``; else the base that the adapters name goes into the result."""
     adapters: dict[Name, MergedAdapter]
-    """Two or more, by name."""
+    """At least two, of one base."""
     method: Method
-    """How they become one (docs/merging.md)."""
+    """``arithmetic`` and ``cat``: the exact sum; ``svd``: that at ``target_rank``; ``ties``, ``dare_ties``: trimmed,
+    signs elected; ``gram``: weighted by the Grams that adapters carry; ``nsc``: λ found on a few inputs."""
     nsc: NscSection | None = None
-    """Of method ``nsc``."""
+    """For method nsc alone."""
     sparse: SparseSection | None = None
-    """Of the methods ``ties`` and ``dare_ties``."""
+    """For methods ties and dare_ties alone."""
     inputs: dict[str, Inputs] = Field(default_factory=dict)
-    """Of method ``nsc``: a few unlabelled inputs of every adapter's task, by the adapter's name."""
+    """Inputs of every adapter, by its name; for method nsc, which needs them, alone."""
     target_rank: Count | None = None
-    """Rank of the result; for ``svd``, and for ``ties`` and ``dare_ties`` as an adapter."""
+    """The rank that the result is compressed to, if it has more; needed by svd, and by ties and dare_ties for an
+    adapter; not for cat."""
     output: Literal["adapter", "model"] = "adapter"
-    """One PEFT adapter, or the base's own shards with the update added."""
-    output_dir: Where
-    """The merge's folder, which must not exist yet."""
+    """One PEFT adapter, or a full model: the base's files with the update added."""
+    output_dir: LocalPath
+    """A folder that does not exist yet."""
     allow_mismatch: tuple[Literal["base", "calibration", "target_modules"], ...] = ()
-    """What the adapters may differ in, which is an error otherwise."""
+    """In what the adapters may differ from each other (with ``base`` from ``base_model`` too) without an error."""
     timeout_seconds: Annotated[float, Field(ge=1.0)] = 1800.0
-    """As ``engine.timeout_seconds`` of a training."""
+    """Seconds without any progress, after which a rank counts as missing and all of them end."""
 
     @model_validator(mode="before")
     @classmethod

@@ -14,7 +14,7 @@ from nslora_dist.recipe_adapter import METHODS_OWN, AdapterSection
 from nslora_dist.recipe_data import CalibrationSection, DataSection, PromptSet
 from nslora_dist.recipe_lm_eval import LmEvalSection
 from nslora_dist.recipe_train import CheckpointSection, EngineSection, TrainSection
-from nslora_dist.recipe_types import Count, Name, Section, Where
+from nslora_dist.recipe_types import Count, LocalPath, Name, Section, Where
 from nslora_dist.redact import redact_all
 from nslora_dist.zero_file import read_zero_config
 from nslora_dist.zero_knobs import check_knobs
@@ -33,73 +33,69 @@ VOLATILE = (
 
 
 class BaseModelSection(Section):
-    """Which pre-trained model is adapted, and how its frozen weights are held."""
+    """Which pre-trained model is adapted (of the layout of LLaMA, Mistral, Qwen 2 or 3), and how it is held."""
 
     path: Where
-    """A local folder with ``config.json`` and safetensors, or a model's name on the hub."""
+    """The model in safetensors, with its tokenizer: a local folder, or from the hub."""
     revision: str | None = None
-    """Branch, tag or commit on the hub."""
+    """Branch, tag or commit on the hub; a local folder has none."""
     config: Where | None = None
-    """A folder with the model's ``config.json``, for dry runs and planning without its checkpoint at hand."""
+    """Another place of the model's ``config.json``, for dry runs and planning without its checkpoint at hand; a run
+    refuses one of other sizes than the checkpoint's."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the frozen weights and of the forward pass; Grams, masters and moments are float32 whatever it is."""
+    """What the base is held and computed in; the optimizer keeps float32 of what trains in any case."""
     quantization: Literal["none", "nf4"] = "none"
-    """``nf4`` holds the blocks' linears in 4 bits (QLoRA), quantised while they are loaded."""
+    """``nf4`` packs the blocks' linears to 4 bits as they are loaded; their input widths must be multiples of 64."""
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
-    """Kernel; ``flash_attention_2`` needs the package flash-attn and bfloat16."""
+    """The kernel; flash_attention_2 needs its package, a GPU and bfloat16, and ``eager`` cannot pack rows."""
 
 
 class Baseline(Section):
     """Another arm trained on the same data for comparison: overrides of ``adapter`` and ``train``."""
 
     adapter: dict[str, Any] = {}
-    """Keys of ``adapter`` that differ; another method takes none of this one's own keys over."""
+    """Keys of ``adapter`` with other values; with another method, those that are one method's own (form, freeze_a, the
+    budget and the like) are back at their defaults. A ``lora_null`` shares the recipe's null space, and with it rank,
+    form, a_init and target_modules."""
     train: dict[str, Any] = {}
-    """Keys of ``train`` that differ."""
+    """Keys of ``train`` with other values, such as a learning rate of its own."""
 
 
 class EvaluationSection(Section):
     """What is measured on the base and on every arm: greedy exact match on prompts with known responses; lm-eval."""
 
     adaptation: PromptSet | None = None
-    """Questions of the new task."""
+    """Questions on what is learned; null asks none."""
     retention: dict[str, PromptSet] = {}
-    """Questions whose answers the base knows, by name; the mean over names is the retention."""
+    """Named sets of questions on what is to be kept; the report has each one's share and their mean."""
     batch_size: Count = 8
-    """Questions a rank and pass."""
+    """Questions of a rank in one forward pass."""
     max_length: Count = 8192
-    """Longer questions, answer included, are left out; a base with less context leaves out what is longer than that."""
+    """Tokens; longer questions, answer included, are left out; of a base with less context, than that."""
     lm_eval: LmEvalSection | None = None
-    """EleutherAI's harness on base and arms; none where it is left out."""
+    """EleutherAI's harness, which has to be installed (``.[lm-eval]``); null leaves it out."""
     baselines: dict[Name, Baseline] = {}
-    """Further arms on the same rows, by name."""
+    """Arms that are trained and measured as well, one after the other, by the names they get in the report."""
 
 
 class Recipe(Section):
     """One job, whole: ``recipe → base model → Grams → null space → adapter → engine → trainer → evaluation``."""
 
     name: Name
-    """Of the run, in its report and card."""
+    """Of the run, for the adapter's card and ``output_dir``."""
     base_model: BaseModelSection
-    """The model that is adapted."""
     calibration: CalibrationSection
-    """Texts of what must be kept."""
     adapter: AdapterSection
-    """The update that is trained."""
     data: DataSection
-    """Rows of the new task."""
     train: TrainSection
-    """How it is trained."""
     engine: EngineSection = EngineSection()
-    """What shards it."""
     evaluation: EvaluationSection = EvaluationSection()
-    """What is measured before and after."""
     checkpoint: CheckpointSection = CheckpointSection()
-    """When the state is written."""
     resume: Literal["auto", "never"] = "auto"
-    """``auto``: the same command again goes on with what the run's folder holds; ``never``: that is an error."""
-    output_dir: Where
-    """The run's folder; a folder that holds another recipe's run is an error."""
+    """``auto``: the same command again goes on with what ``output_dir`` holds; ``never``: a run begun there is an
+    error."""
+    output_dir: LocalPath
+    """The run's folder, never another run's; with several machines on a file system that all of them share."""
 
     @model_validator(mode="after")
     def _combinations(self) -> "Recipe":

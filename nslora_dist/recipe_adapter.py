@@ -23,38 +23,37 @@ METHODS_OWN = ("form", "freeze_a", "a_init", "null_dim", "null_threshold", "inte
 
 
 class AdapterSection(Section):
-    """The low-rank update ΔW = alpha/rank · B A of every target module.
-
-    ``lora_null`` in ``delta`` form trains B from zero on the untouched base with A frozen (docs/methods.md §1a);
-    in ``residual`` form it is LoRA-Null v1 (``freeze_a: false``) or v2 (``freeze_a: true``) of the paper;
-    ``lora`` is plain LoRA, with ``freeze_a: true`` the frozen-random-A baseline;
-    ``null_lora`` freezes one half of A and of B and keeps ΔW in the null space of the weights (docs/methods.md §2).
-
-    """
+    """The low-rank update ΔW = alpha/rank · B A of every target module."""
 
     method: Literal["lora_null", "lora", "null_lora"] = "lora_null"
-    """LoRA-Null, plain LoRA, or Null-LoRA."""
+    """``lora_null``: A from the null space of the calibration activations (docs/methods.md §1); ``lora``: plain LoRA, A
+    random; ``null_lora``: ΔW in the null space of the weights, one half of A and of B frozen (docs/methods.md §2)."""
     form: Literal["delta", "residual"] = "delta"
-    """Of ``lora_null``: B from zero on the base as it is, or B₀ A₀ on what is left of it, as in the paper."""
+    """``delta`` trains B from zero on the untouched base; ``residual``, for ``lora_null`` alone, starts from W's own
+    part in the null space and takes it off again: LoRA-Null v1 with ``freeze_a: false``, else v2."""
     rank: Count
-    """r of A (r × d_in) and B (d_out × r); of ``null_lora`` even, for half of it trains."""
+    """r, at most the width of the narrowest input; in ``null_lora`` even, and half of it trains."""
     alpha: Positive | None = None
-    """The update is alpha / rank · B A; the rank where it is left out."""
+    """The update is multiplied by alpha / rank; null takes the rank, which makes that 1."""
     target_modules: Names = LINEAR_TARGETS
-    """Names of the linears that are adapted; all seven of a block where it is left out."""
+    """The linears that are adapted, by the last part of their names, in every block."""
     freeze_a: bool | None = None
-    """Whether A stays as it starts; where it is left out, true for ``lora_null``, false for ``lora``."""
+    """Whether A stays as it starts; null: true for ``lora_null``, whose delta form takes nothing else, false for
+    ``lora``. Not for ``null_lora``."""
     a_init: Literal["projected", "orthonormal"] = "projected"
-    """A of the SVD of W U, or Uᵀ, which reads no weight (docs/methods.md §1.3); the delta form takes either."""
+    """How ``lora_null`` starts A: from W's projection onto the null space, which ``form: residual`` needs, or with the
+    null space's orthonormal basis itself."""
     null_dim: Count = NULL_DIM
-    """Of ``null_lora``: null directions of a weight that are kept a side, at most."""
+    """For ``null_lora`` alone: null directions of a weight kept a side, at least the rank; more cost memory."""
     null_threshold: Annotated[float, Field(ge=1e-6, lt=1.0)] = NULL_THRESHOLD
-    """Of ``null_lora``: σ / σ_max up to which a direction of a weight counts as null."""
+    """For ``null_lora`` alone: σ / σ_max up to which a direction of a weight counts as null."""
     interference_budget: Annotated[float, Field(ge=1e-6)] | None = None
-    """The most that ‖ΔW X‖ / ‖W X‖ may come to on the mixture of all sources, after every step: B is scaled back to it
-    (docs/methods.md §1e). For ``lora_null`` in delta form, and ``lora`` with ``freeze_a: true``."""
+    """The most that ‖ΔW X‖ / ‖W X‖ may come to on the mixture of all calibration sources: B is scaled back to it after
+    every step (docs/methods.md §1e). For a frozen A and a B from zero: ``lora_null`` in delta form, ``lora`` with
+    ``freeze_a: true``."""
     budget_over: BudgetOver = "module"
-    """``module``: every module keeps within the budget; ``total``: the root mean square over modules does."""
+    """``module``: every module keeps within the budget; ``total``: the root mean square over modules does, and all B
+    are scaled by one factor."""
 
     @property
     def scale(self) -> float:

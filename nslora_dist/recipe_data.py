@@ -1,4 +1,4 @@
-"""The recipe's sections on texts and rows: what is calibrated on, what is trained on, what is asked."""
+"""The recipe's sections on texts: what is calibrated on, trained on and asked."""
 
 from typing import Annotated, Literal
 
@@ -6,65 +6,65 @@ from pydantic import Field, model_validator
 
 from nslora_dist.recipe_types import MIXTURE, Count, Fraction, Name, Positive, Section, Seed, Where
 
-OnBadRow = Literal["error", "skip"]
-
 
 class Texts(Section):
-    """A named set of plain texts: a hub dataset, or a local JSON, JSONL or Parquet file."""
+    """A named set of plain texts."""
 
     path: Where
-    """A local file or folder, or a dataset's name on the hub."""
+    """A local .json, .jsonl, .ndjson or .parquet file, a local folder of such data, or a hub dataset."""
     subset: str | None = None
-    """The dataset's configuration, where it has several."""
+    """The hub dataset's configuration, where it has several; a single file has none."""
     split: str = "train"
-    """Of a dataset, with slices as in ``train[:1000]``; a local file is whatever split is named."""
+    """Which rows, as the ``datasets`` library writes it: ``test``, ``train[:1000]``; one local file is any split."""
     text_field: str = "text"
-    """The field that holds the text."""
-    on_bad_row: OnBadRow = "error"
-    """At a row that is not UTF-8, broken JSON or no object, or whose field is missing, null or not text: stop and name
-    it, or leave it out and count it in the report."""
+    """The field, or column, that holds the text."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that is no UTF-8, broken JSON, or whose field is missing or no text: ``error`` stops at the first one and
+    names its line, ``skip`` leaves them out and counts them in the report."""
 
 
 class Source(Texts):
     """Texts whose activations shape the null space (docs/methods.md §1d)."""
 
     weight: Positive = 1.0
-    """Share in the mixture of all sources, which is balanced whatever their lengths."""
+    """Of this source in the mixture, relative to the others'; each counts with its energy made equal first."""
 
 
 class SolverSection(Section):
-    """How the r smallest eigenpairs of each Gram matrix are found, and on which ranks."""
+    """How null spaces are computed, those of Grams and in ``null_lora`` those of weights, and on which ranks."""
 
     method: Literal["eigh", "fast"] = "fast"
-    """``eigh`` decomposes in float64; ``fast`` finds the wanted pairs alone and falls back on ``eigh`` where its own
-    check is not met."""
+    """``fast`` finds the wanted directions alone, and takes ``eigh``, the whole decomposition in float64, where it
+    misses its own bounds."""
     placement: Literal["rank0", "spread"] = "rank0"
-    """Who solves: rank 0, or each group's own rank, which takes the solver off one rank's time."""
+    """``rank0`` computes all; ``spread`` deals the work over the ranks, for wide models on several GPUs."""
 
 
 class CalibrationSection(Section):
     """The streamed Gram pass over named sources, and probes that only measure."""
 
     sources: Annotated[dict[Name, Source], Field(min_length=1)]
-    """Texts that exercise what must be kept, by name; nothing else is protected."""
+    """Texts that exercise what is to be kept, at least one set, whatever the method: all adapters are measured on
+    them."""
     probes: dict[Name, Texts] = {}
-    """Further texts, by name, on which interference and divergence are reported and which shape nothing."""
+    """Texts that shape nothing: the report says how strongly each is disturbed."""
     samples: Annotated[Count, Field(ge=2)] = 256
-    """Sequences of each source and probe."""
+    """Sequences of each source and probe; fewer where its rows make no more."""
     sequence_length: Count = 2048
-    """Tokens a sequence at most. A row of exactly so many is used as it is, with no special token added."""
+    """Tokens of a sequence at most, to which longer rows are cut; no more than the base is made for."""
     batch_size: Count = 1
-    """Sequences a rank and forward pass; also of the passes that measure interference."""
+    """Sequences of a rank in one forward pass, in calibration and when an adapter is measured."""
     concatenate: bool = False
-    """Join short rows, an end-of-sequence token after each, into sequences of full length."""
+    """Joins short rows, an end-of-sequence token after each, into sequences of full length; for texts much shorter than
+    ``sequence_length``."""
     heldout_fraction: Fraction = 0.125
-    """Share of every source that does not shape the null space: the leak is measured on it."""
+    """Share of each source's sequences that stays out of its Grams, to measure the leak on; 0 measures none."""
     hidden_states: Literal["device", "host"] = "device"
-    """Where the activations between two blocks wait; ``host`` takes them off the GPU's memory."""
+    """Where hidden states wait between two blocks; ``host`` leaves the GPU its memory and takes longer."""
     seed: Seed = 0
-    """Of the choice of rows, and of random null bases to compare with."""
+    """Decides which rows are drawn, the random basis that the leak is compared with, and, in ``null_lora``, which of
+    the directions that a weight's shape makes null are taken."""
     solver: SolverSection = SolverSection()
-    """How the null spaces are found."""
 
     @model_validator(mode="after")
     def _names(self) -> "CalibrationSection":
@@ -78,24 +78,25 @@ class CalibrationSection(Section):
 
 
 class PromptSet(Section):
-    """Rows of a prompt and its response: a hub dataset, or a local JSON, JSONL or Parquet file."""
+    """Rows of a prompt and its response."""
 
     path: Where
-    """A local file or folder, or a dataset's name on the hub."""
+    """A local .json, .jsonl, .ndjson or .parquet file, a local folder of such data, or a hub dataset."""
     subset: str | None = None
-    """The dataset's configuration, where it has several."""
+    """The hub dataset's configuration, where it has several; a single file has none."""
     split: str = "train"
-    """Of a dataset, with slices as in ``train[:1000]``; a local file is whatever split is named."""
+    """Which rows, as the ``datasets`` library writes it: ``test``, ``train[:1000]``; one local file is any split."""
     prompt_field: str = "prompt"
-    """The field that holds the prompt."""
+    """The field, or column, that holds the prompt."""
     response_field: str = "response"
-    """The field that holds the response."""
+    """The field, or column, that holds the response."""
     samples: Count | None = None
-    """The first so many rows; all where it is left out."""
+    """Keeps the first so many usable rows; null keeps all."""
     template: str = "{prompt}"
-    """Text around the prompt, with ``{prompt}`` in it once; the response follows it directly."""
-    on_bad_row: OnBadRow = "error"
-    """As for texts; an empty response is bad as well."""
+    """The text around the prompt, with ``{prompt}`` in it once; the response follows it directly."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """As for texts, an empty response being a bad row as well: ``error`` stops at the first one and names its line,
+    ``skip`` leaves them out and counts them in the report."""
 
     @model_validator(mode="after")
     def _template(self) -> "PromptSet":
@@ -108,6 +109,8 @@ class DataSection(PromptSet):
     """What the adapter is trained on; the loss covers the response and the end-of-sequence token."""
 
     max_length: Count = 512
-    """Tokens a sample at most, the longer are cut; with ``packing`` those of a pack."""
+    """Tokens of a row, or of a pack, at most: longer rows are cut at the end, and left out where nothing of their
+    response would remain. Without ``packing`` no more than the base is made for."""
     packing: bool = False
-    """Several samples a row, which do not see each other."""
+    """Puts several rows into one of ``max_length`` tokens, where they do not see each other; not with
+    ``attention: eager``, and with flash_attention_2 only in micro-batches of 1."""

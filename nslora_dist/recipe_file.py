@@ -18,6 +18,8 @@ from nslora_dist.yaml_file import parse_yaml, read_yaml
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 PATH_KEYS = {"path", "config", "output_dir", "include_path"}
+FILLED = {"name": "the file's name", "output_dir": "`runs/` and the name"}
+"""Keys that a file may leave out though a recipe has no default for them → what they get, in words."""
 R = TypeVar("R", bound=BaseModel)
 
 

@@ -5,47 +5,47 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from nslora_dist.errors import UserError
-from nslora_dist.recipe_types import Count, Fraction, NonNegative, Positive, Section, Seed, Where
+from nslora_dist.recipe_types import Count, Fraction, LocalPath, NonNegative, Positive, Section, Seed
 
 
 class TrainSection(Section):
     """The optimisation: AdamW with decoupled weight decay, token-weighted loss."""
 
     learning_rate: Positive
-    """The highest, after the warm-up. A frozen A in a null space wants ten times plain LoRA's."""
+    """Peak of AdamW's rate; an A frozen in the null space wants a much higher one than plain LoRA."""
     weight_decay: NonNegative = 0.0
-    """Decoupled; in delta form it pulls the update itself to zero."""
+    """Decoupled decay of what trains; wherever B starts from zero it pulls ΔW itself to zero."""
     betas: Annotated[tuple[Fraction, Fraction], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = (
         0.9,
         0.999,
     )
-    """AdamW's."""
+    """AdamW's averaging of gradients and of their squares."""
     max_steps: Count | None = None
-    """Optimizer steps; this or ``epochs``."""
+    """Optimizer steps of the run; give either this or ``epochs``."""
     epochs: Positive | None = None
-    """Passes over the rows, parts of one allowed; this or ``max_steps``."""
+    """Passes over the rows, whole or not; give either this or ``max_steps``."""
     global_batch_size: Count = 128
-    """Rows an optimizer step, over all ranks; what the ranks' micro-batches leave is accumulated."""
+    """Rows (with ``data.packing`` packs) of an optimizer step over all ranks, a multiple of micro-batch times ranks."""
     micro_batch_size: Count = 1
-    """Rows a rank and forward pass."""
+    """Rows of a rank in one forward pass; as many as fit, for sharded weights are gathered anew for each."""
     warmup_ratio: Fraction = 0.03
-    """Share of the steps in which the rate rises from zero."""
+    """Share of the steps in which the rate rises linearly to its peak."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the rate falls after the warm-up."""
+    """How the rate goes on behind the warm-up: down to zero by a cosine or a line, or as it is."""
     max_grad_norm: Positive = 1.0
-    """The gradient is clipped to this norm, over all trained parameters."""
+    """Norm over all trained parameters to which a step's gradient is clipped."""
     activation_checkpointing: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    """Computes each block's activations again in the backward pass: less memory, more time."""
     compile: bool = False
-    """torch.compile of each block; its first steps take minutes. Not with zero3."""
+    """torch.compile of each decoder block in training; its first steps take minutes. Not with zero3."""
     seed: Seed = 0
-    """Of the order of rows and of what is drawn at random."""
+    """Decides the order of rows, plain LoRA's random A, and whatever is drawn in a step."""
     stop_after_skipped: Count = 3
-    """A step whose loss or gradient is not finite is skipped; after so many in a row the run ends."""
+    """Ends the run after so many steps in a row whose loss or gradient is not finite; each of them is skipped."""
     log_every: Count = 10
-    """Steps between two lines of the log and TensorBoard."""
+    """Optimizer steps between two points in TensorBoard, with the interference at that step."""
     update_grams: bool | None = None
-    """Keep A G Aᵀ of the task beside the adapter, for ``gram`` merging; where it is left out, for ``lora_null``."""
+    """Writes C = A G Aᵀ of some of the rows beside the adapter, for merging by ``gram``; null: for ``lora_null``."""
 
     @model_validator(mode="after")
     def _length(self) -> "TrainSection":
@@ -82,11 +82,11 @@ class EngineSection(Section):
     """Who shards parameters, gradients and optimizer state."""
 
     name: Literal["zero3", "fsdp2", "single"] = "zero3"
-    """DeepSpeed ZeRO-3, PyTorch's fully_shard, or one process that shards nothing."""
-    config: Where | None = None
-    """Of zero3: a DeepSpeed file, as in ``ds_configs/``, of which buckets, thresholds and CPU offload are taken."""
+    """DeepSpeed ZeRO-3, PyTorch's FSDP2, or one process that shards nothing."""
+    config: LocalPath | None = None
+    """For zero3 alone: a DeepSpeed JSON file as in ``ds_configs/``, with buckets, thresholds and CPU offload only."""
     timeout_seconds: Annotated[float, Field(ge=1.0)] = 1800.0
-    """Without any progress of a rank for so long, the others take it for lost and end."""
+    """Seconds without any progress, after which a rank counts as missing and all of them end."""
 
     def check_ranks(self, world_size: int) -> None:
         """Refuses an engine that shards nothing on several ranks.
@@ -104,8 +104,8 @@ class CheckpointSection(Section):
     """When the state of training is written, how much of it is kept, and how long a pre-empted job takes to leave."""
 
     every: Count | None = 100
-    """Optimizer steps; null writes only at the end of training and on SIGTERM."""
+    """Optimizer steps between two checkpoints; null writes only at the end of training and when asked to stop."""
     keep_last: Count = 2
-    """Checkpoints that stay on disk."""
+    """Checkpoints of each arm that stay on disk."""
     grace_seconds: Positive = 25.0
-    """Time to leave after SIGTERM; torchrun and deepspeed kill what is left 30 s after passing it on."""
+    """Seconds that a rank has left once it is asked to stop, as by SIGTERM; torchrun and deepspeed kill after 30."""

@@ -1,6 +1,7 @@
 """The kinds of values that recipes are made of."""
 
 import re
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -13,6 +14,13 @@ LONGEST_NAME = 100
 """Letters; a file system takes 255 bytes."""
 LONGEST_PATH, LONGEST_PART = 4000, 255
 """Bytes; a system refuses more."""
+
+
+@dataclass(frozen=True)
+class InWords:
+    """What somebody who writes YAML calls a kind of value, where its type does not say it; for ``recipe_page``."""
+
+    words: str
 
 
 def _plain_name(name: str) -> str:
@@ -40,19 +48,22 @@ Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1, le=MOST)]
 Seed = Annotated[int, Field(ge=-MOST, le=MOST)]
-Name = Annotated[str, AfterValidator(_plain_name)]
+Name = Annotated[str, AfterValidator(_plain_name), InWords("name")]
 """Of something that gets a file or a folder of its own."""
-Where = Annotated[str, AfterValidator(_path_text)]
-"""A path, or a name on the hub."""
+Where = Annotated[str, AfterValidator(_path_text), InWords("path or hub name")]
+LocalPath = Annotated[str, AfterValidator(_path_text), InWords("path")]
 Names = Annotated[
-    tuple[str, ...], Field(min_length=1), BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
+    tuple[str, ...],
+    Field(min_length=1),
+    BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v),
+    InWords("list of names"),
 ]
 
 
 class Section(BaseModel):
     """A part of the recipe: unknown keys and wrong types are errors, and values do not change after loading.
 
-    The text under a field is its description, which ``docs/recipe.md`` is made of.
+    The text under a field is what ``docs/recipe.md`` says of its key.
     """
 
     model_config = ConfigDict(

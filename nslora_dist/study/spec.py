@@ -9,7 +9,7 @@ from nslora_dist.errors import UserError
 from nslora_dist.explain import explain, nearest
 from nslora_dist.recipe_adapter import AdapterSection
 from nslora_dist.recipe_file import RECIPES, load_recipe_as
-from nslora_dist.recipe_types import Count, Fraction, Name, Names, NonNegative, Positive, Section, Seed, Where
+from nslora_dist.recipe_types import Count, Fraction, LocalPath, Name, Names, NonNegative, Positive, Section, Seed
 
 STUDIES = RECIPES / "studies"
 PIECES = ("facts_named", "facts_unnamed", "facts_rephrased", "sum", "maximum")
@@ -52,50 +52,68 @@ class Shape(Section):
     """A small LLaMA's sizes; widths are multiples of 64."""
 
     hidden_size: Count
+    """Width of the residual stream."""
     intermediate_size: Count
+    """Width inside the MLPs."""
     layers: Count
+    """Decoder blocks."""
     heads: Count
+    """Attention heads, which share ``hidden_size``."""
     kv_heads: Count
+    """Heads of keys and values, a divisor of ``heads``."""
 
 
 class Pretraining(Section):
     """How a base is made; as ``pretrain.PretrainSettings``."""
 
     steps: Count = 1200
+    """Optimizer steps."""
     batch_rows: Count = 192
+    """Rows of a step."""
     learning_rate: Positive = 2e-3
-    facts_share: Fraction = 0.5  # of a batch; three fifths of the rest are sums, two fifths maxima
+    """Peak of AdamW's rate."""
+    facts_share: Fraction = 0.5
+    """Of a batch; three fifths of the rest are sums, two fifths maxima."""
 
 
 class Size(Section):
-    """A base: its shape, what it knows and how it is pre-trained; ``device`` cuda leaves it out where there is none.
-
-    ``steps`` stand for those of ``training`` where the base learns a task sooner.
-    """
+    """A base: its shape, what it knows and how it is pre-trained."""
 
     shape: Shape
     people: Count = 100
+    """Whom it knows facts about, at least 2: one half is named in the texts ``facts_named``."""
     pretraining: Pretraining = Pretraining()
     device: Literal["cpu", "cuda"] = "cpu"
+    """Where it is made and its cells run, but for ``--device cuda``, which sends those of ``cpu`` there as well.
+    ``cuda`` leaves it out where there is none."""
     seed: Seed = 0
-    asked: Count = 256  # questions a piece of knowledge, and of the task
+    """Decides the world that it knows, its start, and the order of its rows."""
+    asked: Count = 256
+    """Questions on each piece of knowledge, and on the task, at most."""
     steps: Annotated[dict[Name, Count], AfterValidator(_known_tasks)] = Field(default_factory=dict)
-    minutes: Positive | None = None  # of one core, to pre-train: for estimates, as measured
-    seconds: Positive | None = None  # of one core, a cell: for estimates, as measured
+    """Task → optimizer steps in place of those of ``training``, where the base learns it sooner."""
+    minutes: Positive | None = None
+    """Of one core, to pre-train it, as measured: for estimates alone."""
+    seconds: Positive | None = None
+    """Of one core, for a cell, as measured: for estimates alone."""
 
 
 class TaskRows(Section):
     """Rows of the new tasks."""
 
     train_rows: Count = 3000
-    people: Count = 20  # of the task new_facts
+    """Rows that the tasks on numbers are learned from."""
+    people: Count = 20
+    """Whom the task new_facts is about."""
 
 
 class StudySource(Section):
     """One source of a calibration: the pieces that its texts are drawn from, all rows alike."""
 
     texts: Names
+    """Of facts_named, facts_unnamed, facts_rephrased, sum, maximum; foreign is words in a drawn order."""
     weight: Positive = 1.0
+    """Of this source in the mixture, relative to the others'."""
 
     @field_validator("texts")
     @classmethod
@@ -110,7 +128,9 @@ class StudyCalibration(Section):
     """Texts that an adapter is calibrated on."""
 
     sources: Annotated[dict[Name, StudySource], Field(min_length=1)]
-    sequences: Annotated[Count, Field(ge=2)] = 256  # a source
+    """At least one, by names that no piece of knowledge has."""
+    sequences: Annotated[Count, Field(ge=2)] = 256
+    """Of each source."""
 
     @property
     def covered(self) -> tuple[str, ...]:
@@ -119,18 +139,21 @@ class StudyCalibration(Section):
 
 
 class StudyArm(Section):
-    """A method with its grid. Either ``adapter``, as in a recipe, or a peer's initialisation by PEFT, and its rank.
-
-    ``matched`` says what it has in common with the other arms of its comparison: trained parameters (about; the cell
-    records how many) or the rank.
-    """
+    """A method with the rates and decays that it is tried at: either ``adapter``, or ``peer`` and ``rank``."""
 
     adapter: dict[str, Any] | None = None
+    """The keys of a recipe's ``adapter``."""
     peer: Literal["pissa", "corda", "eva"] | None = None
+    """An initialisation by PEFT."""
     rank: Count | None = None
+    """Of a peer."""
     matched: Literal["parameters", "rank", "neither"]
+    """What it has in common with the other arms of its comparison: trained parameters (about; the cell records how
+    many) or the rank."""
     learning_rates: Numbers
+    """Peaks of AdamW's rate."""
     weight_decays: Decays = (0.0,)
+    """Each is tried with every rate."""
 
     @model_validator(mode="after")
     def _kind(self) -> "StudyArm":
@@ -155,20 +178,25 @@ class StudyArm(Section):
 
 
 class Grid(Section):
-    """All cells of these sizes, tasks, calibrations, arms and seeds; a cell in two grids is run once.
-
-    ``learning_rates`` and ``weight_decays``, where given, stand for those of every arm. ``along`` says what the grid
-    varies, where that is no method: its summary is then a curve and not a frontier, along weight decay a table of arms.
-    """
+    """All cells of these sizes, tasks, calibrations, arms and seeds; a cell in two grids is run once."""
 
     sizes: Names
+    """Of the study's ``sizes``."""
     tasks: Names
+    """Of difference, minimum and new_facts."""
     calibrations: Names
+    """Of the study's ``calibrations``; an arm that is not calibrated runs with the first one alone."""
     arms: Names
+    """Of the study's ``arms``."""
     seeds: Seeds = (0,)
+    """Of the order of rows and their drawing, and of a random A."""
     learning_rates: Numbers | None = None
+    """In place of every arm's own."""
     weight_decays: Decays | None = None
+    """In place of every arm's own."""
     along: Literal["rank", "sequences", "calibration", "budget", "weight_decay"] | None = None
+    """What the grid varies, where that is no method: its summary is then a curve and no frontier, along weight decay a
+    table of arms."""
 
     @property
     def compares(self) -> bool:
@@ -179,21 +207,29 @@ class Grid(Section):
 class StudyTraining(Section):
     """What all cells have in common."""
 
-    steps: Annotated[dict[Name, Count], Field(min_length=1), AfterValidator(_known_tasks)]  # of each task
+    steps: Annotated[dict[Name, Count], Field(min_length=1), AfterValidator(_known_tasks)]
+    """Task → optimizer steps, for every task of a grid."""
     batch_rows: Count = 32
+    """Rows of a step."""
     warmup_ratio: Fraction = 0.03
+    """Share of the steps in which the rate rises linearly to its peak."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate goes on behind the warm-up: down to zero by a cosine or a line, or as it is."""
     max_grad_norm: Positive = 1.0
+    """Norm over all trained parameters to which a step's gradient is clipped."""
 
 
 class Study(Section):
     """A study, whole."""
 
     name: Name
-    output_dir: Where
+    """Of the study."""
+    output_dir: LocalPath
+    """What is written here does not count: ``--output`` does, or ``studies/`` and the file's name."""
     training: StudyTraining
     task_rows: TaskRows = TaskRows()
     probe_sequences: Count = 128
+    """Sequences of each piece of knowledge that interference and divergence are measured on."""
     sizes: Annotated[dict[Name, Size], Field(min_length=1)]
     calibrations: Annotated[dict[Name, StudyCalibration], Field(min_length=1)]
     arms: Annotated[dict[Name, StudyArm], Field(min_length=1)]

@@ -19,8 +19,8 @@ FLOORS = (
     "merging",
     "live_model live_grams live_calibration peft_start checkpoint checkpoint_files arm_job arm_stage arms export_arm "
     "trainer evaluate effects report lm_eval_bridge lm_eval_model lm_eval_tasks scoring plots dry_run plan tiny_world "
-    "tiny_tasks pretrain budget merge_report recipe_page",
-    "pipeline command merge evaluate_adapter study",
+    "tiny_tasks pretrain budget merge_report",
+    "pipeline command merge evaluate_adapter study recipe_page",
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
 LONGEST = 360
