@@ -43,7 +43,10 @@ class Batch:
     places: Places | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch, made in host memory, on a device, without waiting until that is done with the one before."""
+        """The batch, made in host memory, on a device, which is not asked for any value of it.
+
+        The copies do not ask to be waited for either; from memory that is not pinned CUDA may wait for a large one.
+        """
         mask, positions = self.attention_mask, self.position_ids
         return replace(
             self,

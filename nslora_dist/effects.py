@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nslora_dist import dist, watch
 from nslora_dist.adapter import Observation, adapted_linears, observed
-from nslora_dist.batches import places_on
+from nslora_dist.batches import filler, places_on
 from nslora_dist.calibration.store import MIXTURE
 from nslora_dist.calibration_data import CalibrationTexts, text_batches
 from nslora_dist.data import Batch, TrainingData
@@ -123,11 +123,7 @@ def measure_frozen_a(
 def even_batches(batches: list[Batch], *, device: torch.device) -> list[Batch]:
     """This rank's text batches, filled up so that every rank runs the same number through a sharded model."""
     most = dist.all_reduce_max(torch.tensor([len(batches)], device=device))
-    idle = torch.zeros(1, 2, dtype=torch.int64)
-    # A mask that is all zero counts nothing; its row attends to nothing, so its first token is left in and masked off
-    # by the caller through ``labels``.
-    filler = Batch(idle, None, None, torch.full_like(idle, -100), unmasked_padding=2)
-    return batches + [filler] * (int(most) - len(batches))
+    return batches + [filler(0)] * (int(most) - len(batches))
 
 
 def mixture(effects: Sequence[Effect]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from nslora_dist.live_grams import Group, first_batch, groups_of, run_batch, sum
 from nslora_dist.live_model import bare, evaluating, exact, linears_of
 from nslora_dist.null_space import (
     gram_in_basis,
-    leak,
+    leak_of,
     null_basis,
     projected_init,
     random_leak,
@@ -179,9 +179,10 @@ def _solve(group: Group, *, rank: int, method: Literal["fast", "eigh"], owner: i
             gram = unpack_triangle(sent)
             found = null_basis(gram, rank=rank, method=method)
             basis = found.basis.float().contiguous()
-            facts[0], facts[1] = leak(gram, basis), random_leak(gram, rank=rank, seed=0)
+            exactly = gram_in_basis(gram, basis)
+            facts[0], facts[1] = leak_of(exactly, gram), random_leak(gram, rank=rank, seed=0)
             facts[2:] = found.eigenvalues
-            small = gram_in_basis(gram, basis).float()
+            small = exactly.float()
     for tensor in (basis, facts, small):
         dist.broadcast(tensor, source=owner)
     return basis, facts, small

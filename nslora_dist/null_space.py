@@ -170,8 +170,13 @@ def leak(gram: Tensor, basis: Tensor) -> float:
     """
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or basis.ndim != 2 or basis.shape[0] != gram.shape[0]:
         raise ValueError(f"gram {tuple(gram.shape)} and basis {tuple(basis.shape)} do not fit: (d, d) and (d, r).")
+    return leak_of(gram_in_basis(gram, basis), gram)
+
+
+def leak_of(small: Tensor, gram: Tensor) -> float:
+    """``leak``, of a basis whose C = Uᵀ G U, (r, r) as ``gram_in_basis`` gives it, is at hand."""
     total = float(gram.diagonal().double().sum())
-    return float(gram_in_basis(gram, basis).trace()) / total if total else 0.0
+    return float(small.trace()) / total if total else 0.0
 
 
 def gram_in_basis(gram: Tensor, basis: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class SolverSection(Section):
 
     method: Literal["eigh", "fast"] = "fast"
     """``fast`` finds the wanted directions alone, and takes ``eigh``, the whole decomposition in float64, where it
-    misses its own bounds."""
+    misses its own bounds, and at once for narrow inputs and high ranks (docs/methods.md §1.2)."""
     placement: Literal["rank0", "spread"] = "rank0"
     """``rank0`` computes all; ``spread`` deals the work over the ranks, for wide models on several GPUs."""
 
@@ -91,7 +91,8 @@ class PromptSet(Section):
     response_field: str = "response"
     """The field, or column, that holds the response."""
     samples: Count | None = None
-    """Keeps the first so many usable rows; null keeps all."""
+    """Keeps the first so many rows that are not bad, those among them that their length leaves out later; null keeps
+    all."""
     template: str = "{prompt}"
     """The text around the prompt, with ``{prompt}`` in it once; the response follows it directly."""
     on_bad_row: Literal["error", "skip"] = "error"

@@ -84,7 +84,8 @@ class EngineSection(Section):
     name: Literal["zero3", "fsdp2", "single"] = "zero3"
     """DeepSpeed ZeRO-3, PyTorch's FSDP2, or one process that shards nothing."""
     config: LocalPath | None = None
-    """For zero3 alone: a DeepSpeed JSON file as in ``ds_configs/``, with buckets, thresholds and CPU offload only."""
+    """For zero3 alone: a DeepSpeed JSON file as in ``ds_configs/``: buckets, thresholds, overlap and CPU offload; what
+    the recipe decides is refused there."""
     timeout_seconds: Annotated[float, Field(ge=1.0)] = 1800.0
     """Seconds without any progress, after which a rank counts as missing and all of them end."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nslora_dist.null_space import gram_in_basis, leak, mix_grams, null_basis, projected_init, random_leak
+from nslora_dist.null_space import gram_in_basis, leak_of, mix_grams, null_basis, projected_init, random_leak
 
 if TYPE_CHECKING:
     from nslora_dist.recipe_adapter import AdapterSection
@@ -123,12 +123,13 @@ def solve_group(
     )
     basis = found.basis.float().contiguous()
     solution.basis = basis
-    solution.leak.fill_(leak(mixture, basis))
+    small = [gram_in_basis(gram, basis) for gram in grams.values()]
+    small.append(small[0] if len(grams) == 1 else gram_in_basis(mixture, basis))
+    solution.update_grams.copy_(torch.stack(small))
+    solution.leak.fill_(leak_of(small[-1], mixture))
     solution.random_leak.fill_(random_leak(mixture, rank=rank, seed=section.seed))
     solution.fell_back.fill_("fallback" in found.method)
     solution.eigenvalues.copy_(found.eigenvalues)
-    for number, gram in enumerate((*grams.values(), mixture)):
-        solution.update_grams[number] = gram_in_basis(gram, basis)
     if solution.spectrum.numel():
         solution.spectrum = torch.linalg.eigvalsh(mixture.double())
     if adapter.a_init == "projected":

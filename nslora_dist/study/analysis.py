@@ -45,14 +45,15 @@ def analyse(lines: Sequence[Line], study: Study) -> dict[str, Any]:
     planned, settings, learned = planned_settings(study), [], {}
     of_table: dict[str, dict[tuple[str, str], list[Line]]] = {}  # arm → size and task, where all of it was run
     compared = next((list(grid.arms) for grid in study.grids.values() if grid.along is None), [])
-    for (size, task), own in grouped(of_methods(lines, study), lambda line: (line["size"], line["task"])).items():
+    methods = of_methods(lines, study)
+    first = methods[0]["calibration"] if methods else ""
+    for (size, task), own in grouped(methods, lambda line: (line["size"], line["task"])).items():
         arms = {
             calibration: arms_of(own, calibration, planned)
             for calibration in dict.fromkeys(line["calibration"] for line in own)
         }
         best = learned[size, task] = _yardstick(arms.values(), compared)
-        first = own[0]["calibration"]
-        for name, here in arms[first].items():
+        for name, here in arms.get(first, {}).items() if best > 0 else ():
             if name in compared and not _run_of(here, planned_of(planned, here[0], first))["missing"]:
                 of_table.setdefault(name, {})[size, task] = here
         for calibration, of_arm in arms.items():

@@ -29,7 +29,7 @@ class Cell:
         arm: the method's name.
         learning_rate: peak.
         weight_decay: of AdamW.
-        seed: of a random A, of the order of rows, and of their drawing.
+        seed: of a random A and of the order of rows; the rows are drawn by the seed of the size.
     """
 
     id: str

@@ -184,7 +184,7 @@ class Figures:
         """
         own = self.found["elsewhere"][name][way]
         chosen = [entry for entry in own["chosen"] if all(entry[key] == value for key, value in where.items())]
-        return own | {"chosen": chosen} | over_tables(chosen)
+        return {"chosen": chosen} | over_tables(chosen)
 
     def lost_below_kl(self, limit: float, **where: Any) -> float:
         """Most that a cell lost whose divergence stays below a limit."""

@@ -95,7 +95,7 @@ def _kin(study: Study, compared: Sequence[str]) -> dict[str, str]:
         return own.peer, own.section.method, own.section.form, own.section.a_is_frozen
 
     of_method = {method(arm): arm for arm in reversed(compared)}
-    return {arm: of_method.get(method(arm), arm) for arm in study.arms}
+    return {arm: arm if arm in compared else of_method.get(method(arm), arm) for arm in study.arms}
 
 
 def _look(number: int) -> dict[str, Any]:

@@ -140,8 +140,9 @@ def _limit(lines: Sequence[Line]) -> dict[str, Any]:
 
     Returns:
         ``below`` it, in nats a token, are these ``cells``; ``harmless``, how many lost no more than ``LOST`` at any
-        divergence; ``elsewhere``, by what has no say in a table's limit: the ``cells`` below it, how many of them
-        ``lost`` more, and the ``most`` that one did.
+        divergence; ``elsewhere``, by what has no say in a table's limit: the least and the greatest of the ``limits``,
+        the ``cells`` below them, how many of these ``lost`` more, and the ``most`` that one did. A table for which the
+        others set none is passed over.
     """
     x = np.array([max(float(probe["kl"]) for probe in line["interference"]["probes"].values()) for line in lines])
     y = np.array([forgetting(line) for line in lines])
@@ -153,11 +154,18 @@ def _limit(lines: Sequence[Line]) -> dict[str, Any]:
     elsewhere = {}
     for way, is_out in LEFT_OUT.items():
         lost: list[float] = []
+        limits = []
         for own in dict.fromkeys(tables):
-            here = np.array([table == own for table in tables])
-            out = np.array([is_out(own, table) for table in tables])
-            lost += (y[here & (x < limit(~out))]).tolist() if not out.all() else []
-        elsewhere[way] = {"cells": len(lost), "lost": sum(v > LOST for v in lost), "most": max(lost, default=None)}
+            set_there = limit(np.array([not is_out(own, table) for table in tables]))
+            if np.isfinite(set_there):
+                limits.append(set_there)
+                lost += y[np.array([table == own for table in tables]) & (x < set_there)].tolist()
+        elsewhere[way] = {
+            "limits": [min(limits), max(limits)] if limits else None,
+            "cells": len(lost),
+            "lost": sum(v > LOST for v in lost),
+            "most": max(lost, default=None),
+        }
     value = limit(np.ones(len(lines), dtype=bool))
     return {
         "below": asdict(Interval(value if value < np.inf else None, None, None)),

@@ -93,9 +93,10 @@ class Size(Section):
     steps: Annotated[dict[Name, Count], AfterValidator(_known_tasks)] = Field(default_factory=dict)
     """Task → optimizer steps in place of those of ``training``, where the base learns it sooner."""
     minutes: Positive | None = None
-    """Of one core, to pre-train it, as measured: for estimates alone."""
+    """To pre-train it, on a core or on the GPU, as measured: for estimates alone."""
     seconds: Positive | None = None
-    """Of one core, for a cell, as measured: for estimates alone."""
+    """For a cell of the shortest of ``training.steps``, on a core or on the GPU as many share it, as measured: for
+    estimates alone."""
 
 
 class TaskRows(Section):
@@ -189,7 +190,7 @@ class Grid(Section):
     arms: Names
     """Of the study's ``arms``."""
     seeds: Seeds = (0,)
-    """Of the order of rows and their drawing, and of a random A."""
+    """Of the order of rows and of a random A; the rows themselves are drawn by the size's seed."""
     learning_rates: Numbers | None = None
     """In place of every arm's own."""
     weight_decays: Decays | None = None

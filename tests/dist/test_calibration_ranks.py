@@ -15,7 +15,6 @@ from helpers.calibration_run import (
     activations,
     calibrate,
     live_grams,
-    one_bad_text,
     reference_grams,
     refused,
     used_again,
@@ -252,11 +251,17 @@ def test_non_finite_activation_names_module_and_row(tmp_path: Path) -> None:
     first, second = run_ranks(refused, 2, tmp_path, {"token": single, "value": single, "last": single})
     assert first == second, "ranks tell different stories"
     for case, module, where in (
-        ("token", r"layers\.0\.self_attn\.q_proj", r"batch \d+ on rank \d, which begins in line 10 \(the first is 1\);"),
+        (
+            "token",
+            r"layers\.0\.self_attn\.q_proj",
+            r"batch \d+ on rank \d, which begins in line 10 \(the first is 1\);",
+        ),
         ("value", r"layers\.1\.self_attn\.v_proj", r"batch 0 on rank 0, which begins in line \d+ "),
         ("last", r"layers\.1\.mlp\.down_proj", r"batch 0 on rank 0, which begins in line \d+ "),
     ):
-        assert re.search(rf"^calibration\.sources\.a: .*model\.{module} is not finite .*{where}", first[case]), first[case]
+        assert re.search(rf"^calibration\.sources\.a: .*model\.{module} is not finite .*{where}", first[case]), first[
+            case
+        ]
 
 
 def test_null_space_on_disk(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""``launch/evaluate.py``'s one call: what training said of an adapter, what PEFT makes of one, on any engine and rank."""
+"""``launch/evaluate.py``'s one call: what training said of an adapter, what PEFT makes of one, on any engine, rank."""
 
 import json
 import random
@@ -162,7 +162,7 @@ def test_anybody_s_adapter_computes_what_peft_computes(world: Path, engine: str)
     found = run_ranks(logits, ENGINES[engine], world, engine)[0]
     for name, section in BASES.items():
         tolerance = 0.03 if name == "bf16" else 1e-5
-        plain = dict(dtype=section.get("dtype", "float32"), quantised="quantization" in section)
+        plain = {"dtype": section.get("dtype", "float32"), "quantised": "quantization" in section}
         with torch.no_grad():
             bare = plain_base(world / "base", **plain)(IDS).logits[:, :-1].float()
             torch.testing.assert_close(found[name][None], bare, atol=tolerance, rtol=0)

@@ -62,12 +62,14 @@ def test_c_is_that_of_the_inputs(world: Path) -> None:
 
 
 def test_the_whole_way(world: Path) -> None:
-    report = Run(recipe(world, "whole", evaluation={"baselines": {"free": {"adapter": {"interference_budget": None}}}}), CPU).train()
+    report = Run(
+        recipe(world, "whole", evaluation={"baselines": {"free": {"adapter": {"interference_budget": None}}}}), CPU
+    ).train()
     budget = report["interference"]["budget"]
     assert budget == {"limit": LIMIT, "over": "total", "final": pytest.approx(LIMIT, rel=1e-6)}
     assert report["interference"]["rms"] == pytest.approx(LIMIT, rel=1e-3)
-    free = report["interference_by_arm"]["free"]
-    assert "budget" not in free and free["rms"] > 2 * LIMIT
+    without = report["interference_by_arm"]["free"]
+    assert "budget" not in without and without["rms"] > 2 * LIMIT
     card = (world / "whole" / "adapter" / "README.md").read_text()
     assert "| LoRA, random A frozen | " in (world / "whole" / "report.md").read_text(), "not plain LoRA"
     assert f"within a budget of {LIMIT:g} for the root mean square over modules" in card

@@ -163,7 +163,9 @@ def test_a_sharded_peft_model_starts_in_the_null_space(tmp_path: Path, kind: str
     run_ranks(calibrate_live, 1, "whole", tmp_path / "null_space", "projected")
     space = store.load(tmp_path / "null_space")
     starts = dict(space.starts(space.manifest["modules"], device=torch.device("cpu")))
-    for found in run_ranks(start_live, 1 if kind in ("whole", "nf4") else 2, kind, tmp_path / "null_space", tmp_path / "base"):
+    for found in run_ranks(
+        start_live, 1 if kind in ("whole", "nf4") else 2, kind, tmp_path / "null_space", tmp_path / "base"
+    ):
         assert found["factors"].keys() == starts.keys()
         for name, start in starts.items():
             assert torch.equal(found["factors"][name], as_bytes(start.a)), f"{kind} {name}"

@@ -1,4 +1,4 @@
-"""What was measured of a trained adapter is kept until the adapter is on disk: an export that fails costs no evaluation."""
+"""What was measured of an adapter is kept until it is on disk: an export that fails costs no evaluation."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(world: Path, name: str, **train: Any) -> dict[str, Any]:
-    return Run(recipe_of("single-1", world, world / name, {"train": {"epochs": None, "max_steps": 2} | train}), CPU).train()
+    return Run(
+        recipe_of("single-1", world, world / name, {"train": {"epochs": None, "max_steps": 2} | train}), CPU
+    ).train()
 
 
 def test_an_export_that_fails_costs_no_evaluation(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

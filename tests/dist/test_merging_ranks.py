@@ -5,17 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from helpers.merge_world import make_adapter, make_model, recipe, write_inputs
 from helpers.ranks import run_ranks
 from helpers.stages import started
 from helpers.world import make_recipe, make_texts, zero_config
-from torch import Tensor
-
 from nslora_dist import dist
 from nslora_dist.calibration_data import text_batches
-from nslora_dist.errors import UserError
 from nslora_dist.effects import even_batches
+from nslora_dist.errors import UserError
 from nslora_dist.export import read_adapter
 from nslora_dist.merge import run_merge
 from nslora_dist.merge_recipe import MergeRecipe
@@ -34,9 +33,7 @@ def job(folder: Path, family: str, target: str, **changes: Any) -> MergeRecipe:
     adapters = {name: folder / family / name for name in "ab"}
     inputs = write_inputs(folder / family, family) if not dist.world_size() > 1 or dist.is_main() else None
     inputs = dist.share(inputs)  # type: ignore[assignment]
-    return recipe(
-        folder / family / "base", adapters, folder / target, method="nsc", nsc=NSC, inputs=inputs, **changes
-    )
+    return recipe(folder / family / "base", adapters, folder / target, method="nsc", nsc=NSC, inputs=inputs, **changes)
 
 
 def searched(folder: Path, cases: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, NscResult]:
@@ -56,7 +53,9 @@ def collected(folder: Path, engine: str) -> dict[str, Tensor]:
     """C of every module after a little training, from this rank's share of the task's texts."""
     settings = {"name": engine, "config": str(zero_config(folder)) if engine == "zero3" else None}
     changes: dict[str, Any] = {"engine": settings, "adapter": {"method": "lora"}, "train": {"max_steps": 3}}
-    with started(make_recipe(folder, folder / "llama/base", folder / f"{engine}{dist.world_size()}", **changes)) as stage:
+    with started(
+        make_recipe(folder, folder / "llama/base", folder / f"{engine}{dist.world_size()}", **changes)
+    ) as stage:
         stage.train()
         texts = stage.run.texts[0].calibration[:17]
         mine = text_batches(texts, batch_size=8, rank=dist.rank(), world_size=dist.world_size())

@@ -17,6 +17,7 @@ from nslora_dist.plan.calibrating import largest_ownership
 from nslora_dist.plan.shapes import Shapes, shapes_of
 from nslora_dist.recipe import Recipe
 
+
 def measure_traffic(recipe: Recipe) -> dict[str, Any]:
     """A run's stages on one rank, each with its counts; three optimizer steps, of which the last is reported."""
     from helpers.stages import CPU
@@ -267,5 +268,3 @@ def test_memory_within_a_tenth(tmp_path: Path, case: str) -> None:
             parts.pop("block weights")  # mapped from the file
         if rank == 0 or section.solver.placement == "rank0":
             assert within(sum(parts.values()), measured["calibration"], 0.1), parts
-
-

@@ -1,7 +1,9 @@
 """The house stands: a room imports from its own floor or a lower one, never in a circle."""
 
 import ast
+import tomllib
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
@@ -111,3 +113,13 @@ def test_entry_points_stay_thin() -> None:
 
 def test_no_room_grows_out_of_hand() -> None:
     assert not {str(p.relative_to(ROOT)): n for p in files() if (n := len(p.read_text().splitlines())) > LONGEST}
+
+
+def test_no_folder_of_tests_is_passed_over(pytestconfig: pytest.Config) -> None:
+    """pytest leaves folders called dist and build out unless it is told not to, and says nothing of it."""
+    patterns = pytestconfig.getini("norecursedirs")
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py")}
+    assert len(folders) >= 5
+    assert [str(f) for f in folders if any(fnmatch(part, p) for part in f.parts for p in patterns)] == []
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    assert not {"dist", "build"} & set(tools["ruff"]["exclude"])

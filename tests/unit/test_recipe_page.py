@@ -126,7 +126,8 @@ def test_what_may_change_when_a_run_goes_on_is_marked() -> None:
 
 
 def test_what_may_change_after_a_calibration_is_all_that_the_run_folder_lets_change() -> None:
-    assert {"data", "adapter.alpha"} <= set(after_calibration())
+    own = ("alpha", "freeze_a", "interference_budget", "budget_over")
+    assert set(after_calibration()) == {"name", "data", "train", "evaluation", *(f"adapter.{key}" for key in own)}
     for part in parts(Recipe):
         for key in part.keys:
             listed = any(f"{key.name}.".startswith(f"{name}.") for name in after_calibration())

@@ -84,10 +84,16 @@ def test_a_limit_is_judged_where_it_was_not_set() -> None:
     found = predict([*small, *large], STUDY, draws=2)["limit"]
     assert (found["below"]["value"], found["cells"], found["harmless"]) == (pytest.approx(0.1), 2, 4)
     # Of the small base one cell lies below the large one's 0.1, of the large base three below the small one's 0.3.
-    assert found["elsewhere"]["base"] == {"cells": 4, "lost": 2, "most": 0.5} == found["elsewhere"]["table"]
-    assert found["elsewhere"]["task"] == {"cells": 0, "lost": 0, "most": None}, "there is no other task"
-    none = predict(small[:3], STUDY, draws=2)["limit"]
-    assert none["below"]["value"] is None and none["cells"] == 3
+    judged = found["elsewhere"]["base"]
+    assert judged == {"limits": pytest.approx([0.1, 0.3]), "cells": 4, "lost": 2, "most": 0.5}
+    assert found["elsewhere"]["table"] == judged
+    none = {"limits": None, "cells": 0, "lost": 0, "most": None}
+    assert found["elsewhere"]["task"] == none, "there is no other task"
+    harmless = [line("lora", "5m", n, interference=0.1 * n, forgotten=0.0) for n in range(4)]
+    found = predict([*small, *harmless], STUDY, draws=2)["limit"]
+    assert found["elsewhere"]["base"]["cells"] == 3, "no limit is set for the small base, which loses"
+    found = predict(small[:3], STUDY, draws=2)["limit"]
+    assert found["below"]["value"] is None and found["cells"] == 3
 
 
 def test_other_ranks_and_budgets_look_as_their_method() -> None:

@@ -135,6 +135,17 @@ def test_the_yardstick_is_of_the_arms_that_are_compared() -> None:
     assert analyse(alone, study)["settings"][0]["best_adaptation"] == 1.0
 
 
+def test_a_table_on_which_nobody_learns_is_no_yardstick() -> None:
+    study = load_study("frontier")
+    lines = [
+        cell_line(cell, 0.0 if cell.task == "minimum" else 0.5, 0.8)
+        for cell in cells_of(study)
+        if (cell.size, cell.calibration, cell.seed, cell.arm) == ("1m", "all", 0, "lora_frozen_a")
+    ]
+    found = analyse(lines, study)["elsewhere"]["lora_frozen_a"]
+    assert {entry["task"] for entry in found["table"]["chosen"]} == {"difference", "new_facts"}
+
+
 def test_seeds_with_the_chosen_setting_alone_count_too() -> None:
     rates = (1e-3, 2.5e-3, 6e-3)
 
