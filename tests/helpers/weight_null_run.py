@@ -92,6 +92,8 @@ class Started(Exception):
 def refused(world: Path, base: str, threshold: float) -> str:
     """The message that ended a whole run before anything was trained."""
     job = recipe(world, base, f"refused_{base}_{threshold}", null_threshold=threshold)
+    if dist.world_size() > 1:
+        job = job.model_copy(update={"engine": job.engine.model_copy(update={"name": "fsdp2"})})
     kept = arm_stage.start_engine
 
     def start(*args: Any) -> Any:
