@@ -45,17 +45,12 @@ def analyse(lines: Sequence[Line], study: Study) -> dict[str, Any]:
     planned, settings, learned = planned_settings(study), [], {}
     of_table: dict[str, dict[tuple[str, str], list[Line]]] = {}  # arm → size and task, where all of it was run
     compared = next((list(grid.arms) for grid in study.grids.values() if grid.along is None), [])
-    methods = of_methods(lines, study)
-    first = methods[0]["calibration"] if methods else ""
-    for (size, task), own in grouped(methods, lambda line: (line["size"], line["task"])).items():
+    for (size, task), own in grouped(of_methods(lines, study), lambda line: (line["size"], line["task"])).items():
         arms = {
             calibration: arms_of(own, calibration, planned)
             for calibration in dict.fromkeys(line["calibration"] for line in own)
         }
         best = learned[size, task] = _yardstick(arms.values(), compared)
-        for name, here in arms.get(first, {}).items() if best > 0 else ():
-            if name in compared and not _run_of(here, planned_of(planned, here[0], first))["missing"]:
-                of_table.setdefault(name, {})[size, task] = here
         for calibration, of_arm in arms.items():
             chosen = of_calibration(own, calibration)
             variants, all_of = grouped(chosen, variant), grouped(chosen, lambda line: line["arm"])
@@ -75,6 +70,9 @@ def analyse(lines: Sequence[Line], study: Study) -> dict[str, Any]:
                     "variants": {name: _variant(here, study, best=best) for name, here in sorted(variants.items())},
                 }
             )
+            if calibration == settings[0]["calibration"] and best > 0:  # nobody's share of nothing is known
+                for name in whole_arms(settings[-1], compared):
+                    of_table.setdefault(name, {})[size, task] = of_arm[name]
     return {
         "cells": len(lines),
         "compared": compared,

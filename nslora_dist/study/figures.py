@@ -9,7 +9,8 @@ import numpy as np
 
 from nslora_dist.study.analysis import whole_arms
 from nslora_dist.study.elsewhere import over_tables
-from nslora_dist.study.points import forgetting, grouped, points, relative_retention
+from nslora_dist.study.points import forgetting, grouped, on_worst_probe, points, relative_retention
+from nslora_dist.study.prediction import LOST
 from nslora_dist.study.settings import Line
 from nslora_dist.study.written import number
 
@@ -190,11 +191,9 @@ class Figures:
         """Most that a cell lost whose divergence stays below a limit."""
         return max(forgetting(line) for line in self.cells(**where) if _score(line, "kl") < limit)
 
-    def harmless(self, score: str, **where: Any) -> dict[str, float]:
-        """The least ``value`` of a score at which a cell lost more than 1%, and the number of ``cells`` below it."""
-        lines = self.cells(**where) if where else self.lines
-        value = min(_score(line, score) for line in lines if forgetting(line) > 0.01)
-        return {"value": value, "cells": sum(_score(line, score) < value for line in lines)}
+    def harmless(self, score: str, **where: Any) -> float:
+        """The least of a score at which one of these cells lost more than 1%."""
+        return min(_score(line, score) for line in self.cells(**where) if forgetting(line) > LOST)
 
     def table(self, start: str, rows: Sequence[str] | None = None, after: str = "") -> str:
         """The first table of the summary behind ``after`` whose header starts so, or those of its rows."""
@@ -239,8 +238,7 @@ def _score(line: Line, score: str) -> float:
     if score in ("rms", "kl"):
         return float(line["interference"]["calibration"][score])
     if score in ("probe", "probe_kl"):
-        by_probe = line["interference"]["probes"].values()
-        return max(float(values["rms" if score == "probe" else "kl"]) for values in by_probe)
+        return on_worst_probe(line, "rms" if score == "probe" else "kl")
     by_piece = line["retention_by"]
     if score == "facts":
         return float(np.mean([value for piece, value in by_piece.items() if piece.startswith("facts")]))

@@ -30,6 +30,11 @@ def forgetting(line: Line, piece: str | None = None) -> float:
     return float(line["base"]["retention_by"][piece]) - float(line["retention_by"][piece])
 
 
+def on_worst_probe(line: Line, kind: str) -> float:
+    """``rms`` or ``kl`` on the probe where it is largest."""
+    return max(float(values[kind]) for values in line["interference"]["probes"].values())
+
+
 def variant(line: Line) -> str:
     """The method as a comparison names it: arm and weight decay."""
     return f"{line['arm']}, wd {line['weight_decay']:g}"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from nslora_dist.study.elsewhere import LEFT_OUT
-from nslora_dist.study.points import forgetting, grouped
+from nslora_dist.study.points import forgetting, grouped, on_worst_probe
 from nslora_dist.study.settings import Line
 from nslora_dist.study.spec import AGGREGATES, FEW, PIECES, Study, StudyArm
 from nslora_dist.study.statistics import Array, Interval, over_pairs, safe_below, spearman
@@ -144,7 +144,7 @@ def _limit(lines: Sequence[Line]) -> dict[str, Any]:
         the ``cells`` below them, how many of these ``lost`` more, and the ``most`` that one did. A table for which the
         others set none is passed over.
     """
-    x = np.array([max(float(probe["kl"]) for probe in line["interference"]["probes"].values()) for line in lines])
+    x = np.array([on_worst_probe(line, "kl") for line in lines])
     y = np.array([forgetting(line) for line in lines])
     tables = [(str(line["size"]), str(line["task"])) for line in lines]
 
