@@ -72,7 +72,7 @@ class Batch:
     @property
     def supervised_tokens(self) -> int:
         """The number of tokens that are predicted and scored."""
-        return int((self.labels[:, 1:] != IGNORED).sum())
+        return len(self.predictors[0])
 
     @property
     def supervised_rows(self) -> int:
@@ -96,6 +96,12 @@ def places_on(device: torch.device | str, places: Places) -> Places:
     """Places, found in host memory, on a device; this does not wait for it."""
     rows, columns = places
     return rows.to(device, non_blocking=True), columns.to(device, non_blocking=True)
+
+
+def real_on(device: torch.device | str, batch: Batch) -> Places | None:
+    """A batch's tokens that are no padding, found in host memory, on a device; None where all are."""
+    whole = batch.attention_mask is None and batch.token_count > 0
+    return None if whole else places_on(device, batch.real_tokens)
 
 
 def pad_right(rows: Sequence[Tensor], value: int) -> tuple[Tensor, Tensor | None]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nslora_dist import dist, watch
 from nslora_dist.adapter import Observation, adapted_linears, observed
-from nslora_dist.batches import filler, places_on
+from nslora_dist.batches import filler, real_on
 from nslora_dist.calibration.store import MIXTURE
 from nslora_dist.calibration_data import CalibrationTexts, text_batches
 from nslora_dist.data import Batch, TrainingData
@@ -73,7 +73,7 @@ def measure(
         for batch in even_batches(batches, device=device):
             dist.stop_if_asked(f"stopped in the effect on {text.name}")
             watch.progress(f"effect on {text.name}")
-            seen.real = places_on(device, batch.real_tokens)
+            seen.real = real_on(device, batch)
             compared = Compared(**vars(batch.to(device)), real=seen.real)
             with observed(engine.model, seen):
                 base = engine.matches(compared)

@@ -45,7 +45,7 @@ class Compared(Batch):
     ``labels`` are not read.
 
     Attributes:
-        real: the tokens that count, on the batch's device.
+        real: the tokens that count, on the batch's device; None for all.
         against: (b, s, d), as an earlier pass gave them; None asks for hidden states.
     """
 
@@ -144,6 +144,8 @@ class SupervisedModel(nn.Module):
         ).last_hidden_state
         if batch.against is None:
             return hidden
-        assert batch.real is not None
-        by_token = self.model.lm_head(hidden[batch.real], against=batch.against[batch.real]).double()
+        ours, theirs = (
+            states.flatten(0, 1) if batch.real is None else states[batch.real] for states in (hidden, batch.against)
+        )
+        by_token = self.model.lm_head(ours, against=theirs).double()
         return torch.stack([by_token.sum(), by_token.new_full((), len(by_token))])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nslora_dist import dist, watch
 from nslora_dist.adapter import Adapter, adapted_linears
 from nslora_dist.artifacts import load_tensors, save_tensors
-from nslora_dist.batches import Batch, Places, places_on
+from nslora_dist.batches import Batch, Places, real_on
 from nslora_dist.errors import UserError
 from nslora_dist.provenance import UPDATE_GRAMS_FILE
 
@@ -67,7 +67,7 @@ def collect_update_grams(
         Preempted: a rank was asked to stop.
     """
     sums: dict[str, Tensor] = {}
-    real: list[Places] = []
+    real: list[Places | None] = []
     hooks = [
         module.register_forward_pre_hook(partial(_add, sums, real, name))
         for name, module in adapted_linears(model).items()
@@ -76,7 +76,7 @@ def collect_update_grams(
         for number, batch in enumerate(batches, start=1):
             dist.stop_if_asked("export: stopped in the update Grams")
             watch.progress(f"update Grams, batch {number}")
-            real[:] = [places_on(device, batch.real_tokens)]
+            real[:] = [real_on(device, batch)]
             run(batch.to(device))
     finally:
         for hook in hooks:
@@ -89,7 +89,9 @@ def collect_update_grams(
     return found
 
 
-def _add(sums: dict[str, Tensor], real: list[Places], name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+def _add(
+    sums: dict[str, Tensor], real: list[Places | None], name: str, module: nn.Module, args: tuple[Any, ...]
+) -> None:
     assert isinstance(module, Adapter)
     gram = module.gram_of(args[0], real[0])
     sums[name] = sums[name] + gram if name in sums else gram

@@ -6,7 +6,7 @@ with a weight.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nslora_dist.adapter import energy_of
-from nslora_dist.batches import Batch, Places, places_on
+from nslora_dist.batches import Places
 from nslora_dist.frozen import FrozenLinear
 from nslora_dist.input_groups import InputGroup
 
@@ -119,18 +119,8 @@ def _first_bad(so_far: Tensor, energy: Tensor, batch: int) -> Tensor:
     return torch.minimum(so_far, torch.where(energy.isfinite(), NONE_BAD, batch))
 
 
-def _output_hook(add: Callable[[Tensor], None]) -> Any:
-    """For a plain linear: its output with the bias taken off."""
-
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        bias = getattr(module, "bias", None)
-        add(output if bias is None else output - bias)
-
-    return hook
-
-
 class Collector:
-    """Forward hooks that feed one ``GroupSums`` per group while batches run through a model or a block."""
+    """Forward hooks that feed one ``GroupSums`` per group while batches run through a block."""
 
     def __init__(self, groups: Sequence[InputGroup], sums: dict[str, GroupSums]) -> None:
         """Collects for ``groups`` into ``sums`` (by group name)."""
@@ -145,22 +135,18 @@ class Collector:
         self.real = real
 
     @contextmanager
-    def attached(self, model: nn.Module, *, prefix: str = "") -> Iterator[None]:
-        """Hooks onto the groups' modules, found by name in ``model``, or in its part named ``prefix``, while open."""
+    def attached(self, block: nn.Module, *, prefix: str) -> Iterator[None]:
+        """Hooks onto the groups' linears, all of them in ``block``, the model's part named ``prefix``, while open."""
         hooks = []
         watched: list[FrozenLinear] = []
         for group in self.groups:
             for position, shape in enumerate(group.modules):
-                module = model.get_submodule(shape.name.removeprefix(f"{prefix}.") if prefix else shape.name)
+                linear = block.get_submodule(shape.name.removeprefix(f"{prefix}."))
+                assert isinstance(linear, FrozenLinear), shape.name
                 if position == 0:
-                    hooks.append(module.register_forward_pre_hook(self._input_hook(group.name)))
-                product = getattr(module, "base", module)  # of an adapted linear, the base's own
-                add = functools.partial(self._add_output, group.name, shape.name)
-                if isinstance(product, FrozenLinear):
-                    product.watch = add
-                    watched.append(product)
-                else:
-                    hooks.append(product.register_forward_hook(_output_hook(add)))
+                    hooks.append(linear.register_forward_pre_hook(self._input_hook(group.name)))
+                linear.watch = functools.partial(self._add_output, group.name, shape.name)
+                watched.append(linear)
         try:
             yield
         finally:
@@ -181,9 +167,3 @@ class Collector:
     def _tokens(self, x: Tensor) -> Tensor:
         """(b, s, d) → (n, d) of the real tokens."""
         return x.flatten(0, 1) if self.real is None else x[self.real]
-
-
-def real_on(device: torch.device, batch: Batch) -> Places | None:
-    """A batch's tokens that are no padding, on a device; None where all are."""
-    whole = batch.attention_mask is None and batch.token_count > 0
-    return None if whole else places_on(device, batch.real_tokens)

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from nslora_dist.base_files import BaseFiles
 from nslora_dist.base_model import blocks
 from nslora_dist.base_weights import empty_unit, fill_rotary, fill_unit, return_freed_memory
-from nslora_dist.batches import Batch
-from nslora_dist.calibration.grams import Collector, real_on
+from nslora_dist.batches import Batch, real_on
+from nslora_dist.calibration.grams import Collector
 from nslora_dist.frozen import PassThrough
 
 

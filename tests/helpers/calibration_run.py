@@ -63,13 +63,12 @@ def live_grams(world: Path, base: str, engine: str) -> tuple[dict[str, tuple[Ten
         mine = text_batches(sequences[:17], batch_size=8, rank=dist.rank(), world_size=dist.world_size())
         batches = even_batches(mine, device=CPU)
         assert dist.rank() == 0 or batches[-1].token_count == 0
-        sums = whole_model_grams(stage.engine.model, stage.engine.matches, groups, batches, device=CPU)
+        sums = whole_model_grams(stage.engine.model, stage.engine.matches, groups, batches)
         found = {}
         for group in groups:
-            total = sums[group.name]
-            assert total.gram is not None
-            outputs = {name: float(dist.all_reduce(energy)) for name, energy in total.outputs.items()}
-            found[group.name] = dist.all_reduce(total.gram), outputs
+            gram, energies = sums[group.name]
+            outputs = {name: float(dist.all_reduce(energy)) for name, energy in energies.items()}
+            found[group.name] = dist.all_reduce(gram), outputs
         return found, sequences[:17]
 
 
